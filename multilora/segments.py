@@ -1,0 +1,58 @@
+"""Which run of rows of a mixed batch uses which adapter slot. Plain integers, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`num_rows` consecutive rows that use one slot; slot None is the base model alone."""
+
+    slot: int | None
+    num_rows: int
+
+
+def segments_of(slots: Sequence[int | None]) -> tuple[Segment, ...]:
+    """Join neighbouring rows of equal slot into segments."""
+    segments: list[Segment] = []
+    for slot in slots:
+        if segments and segments[-1].slot == slot:
+            segments[-1] = Segment(slot, segments[-1].num_rows + 1)
+        else:
+            segments.append(Segment(slot, 1))
+    return tuple(segments)
+
+
+def order_by_slot(slots: Sequence[int | None]) -> list[int]:
+    """Row order that puts equal slots side by side (base rows first), stable within a slot."""
+    return sorted(range(len(slots)), key=lambda row: -1 if slots[row] is None else slots[row])  # type: ignore[arg-type,return-value]
+
+
+def length_batches(lengths: Sequence[int], max_tokens: int, overhead_tokens: int, multiple: int = 8) -> list[list[int]]:
+    """Cut row indices, shortest first, into batches that cost least, each within `max_tokens` after padding.
+
+    A batch costs its padded tokens (width rounded up to `multiple`) plus `overhead_tokens` for the forward pass itself.
+    One row always fits. Exact: dynamic programming over the batches that end with their width's last row or are full;
+    from a batch that ends elsewhere with room left, the next row can move in at no cost.
+    """
+    width_of = [-(-length // multiple) * multiple for length in lengths]
+    order = sorted(range(len(lengths)), key=width_of.__getitem__)
+    widths = [width_of[row] for row in order]
+    run_ends = [end for end in range(1, len(widths) + 1) if widths[end - 1 : end] != widths[end : end + 1]]
+    best = {0: (0, 0)}  # end of a batch -> (lowest cost of the rows up to there, where that batch starts)
+    for start in range(len(order)):
+        for run_end in run_ends if start in best else ():
+            width = widths[run_end - 1]
+            end = min(run_end, start + max(1, max_tokens // width))
+            if end > start and widths[end - 1] == width:
+                option = (best[start][0] + (end - start) * width + overhead_tokens, start)
+                best[end] = min(option, best.get(end, option))
+    batches: list[list[int]] = []
+    end = len(order)
+    while end:
+        start = best[end][1]
+        batches.append(order[start:end])
+        end = start
+    return batches[::-1]

@@ -1,0 +1,253 @@
+"""The Python API that the command line is a thin layer over: load, plan, submit, status, latest_report, query.
+
+    from orchestrator.api import load, query, submit
+    result = submit(load(["tasks/client-talk.yaml"]))
+    print(result.outcome, result.report_file)
+    # after `orchestrator serve`:
+    print(query("client-talk", "I have been thinking about cutting down.")["results"][0]["label"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import filelock
+import httpx
+
+from multilora.errors import CapacityError, MultiLoraError, Problem, RequestError, UnknownTaskError
+from multilora.registry import CHAMPION, Registry
+from multilora.spec import GateSpec, TaskSpec, load_task_specs
+from orchestrator import background
+from orchestrator.cluster import cluster_size, local_size, ray_session
+from orchestrator.config import OrchestratorConfig
+from orchestrator.controller import Controller, TaskWork, Update, git_sha
+from orchestrator.plan import Plan, plan_groups
+from orchestrator.prepare import PreparedTask, prepare
+from orchestrator.report import Outcome, TaskOutcome, build_report, write_report
+from orchestrator.state import Action, Status
+
+load = load_task_specs
+"""Load task specs; see `multilora.spec.load_task_specs`."""
+
+
+@dataclass(frozen=True)
+class PlannedSubmission:
+    """What a submission would do."""
+
+    plan: Plan
+    prepared: tuple[PreparedTask, ...]
+    unchanged: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class SubmitResult:
+    """What a submission did."""
+
+    tasks: tuple[TaskOutcome, ...]
+    problems: tuple[Problem, ...]
+    outcome: Outcome
+    report: dict[str, Any] | None
+    """The report's object; None when nothing was judged."""
+    report_file: Path | None
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """Where a task stands in the registry."""
+
+    task: str
+    champion: int | None
+    num_versions: int
+    status: str
+    reason: str
+
+
+def plan(specs: Sequence[TaskSpec], config: OrchestratorConfig | None = None, *, force: bool = False) -> PlannedSubmission:
+    """Show what `submit` would train, on this machine or the configured cluster, without training."""
+    config = config or OrchestratorConfig.from_environment()
+    config.workspace.mkdir(parents=True, exist_ok=True)
+    prepared, problems = prepare(specs)
+    controller = Controller(config, _registry(config), lambda update: None)
+    works = [controller.observe(task, force=force) for task in prepared]
+    needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
+    if config.ray_address:
+        with ray_session(config):
+            size = cluster_size(config)
+    else:
+        size = local_size(config)
+    unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
+    return PlannedSubmission(plan_groups(needs, size, config.max_slots), tuple(prepared), unchanged, tuple(problems))
+
+
+def submit(
+    specs: Sequence[TaskSpec],
+    config: OrchestratorConfig | None = None,
+    *,
+    force: bool = False,
+    on_update: Callable[[Update], None] = lambda update: None,
+    on_plan: Callable[[PlannedSubmission], None] = lambda planned: None,
+) -> SubmitResult:
+    """Train, register, evaluate, judge and promote what changed. Started again after any crash, it continues.
+
+    Tasks with bad data come back in `problems` while the others go on. Raises CapacityError when another submission runs
+    in the workspace, RegistryError when MLflow cannot be reached, KeyboardInterrupt after workers have saved.
+    """
+    config = config or OrchestratorConfig.from_environment()
+    config.workspace.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(config.workspace / "submit.lock", timeout=0):
+            return _submit(specs, config, force, on_update, on_plan)
+    except filelock.Timeout as error:
+        raise CapacityError(f"another submit runs in {config.workspace}; wait for it, or use another --workspace") from error
+
+
+def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) -> list[TaskStatus]:
+    """Where every task (or the named ones) stands."""
+    config = config or OrchestratorConfig.from_environment()
+    registry = _registry(config)
+    rows = []
+    for task in sorted(set(tasks) or registry.tasks()):
+        runs = registry.runs(task)
+        champion = registry.by_alias(task, CHAMPION)
+        latest = runs[0] if runs else None
+        rows.append(
+            TaskStatus(
+                task,
+                champion.version if champion else None,
+                len(registry.versions(task)),
+                latest.status if latest else "NEW",
+                latest.tags.get("end_reason", "") if latest else "",
+            )
+        )
+    return rows
+
+
+def latest_report(config: OrchestratorConfig | None = None) -> tuple[dict[str, Any], Path]:
+    """The newest report and its HTML file. Raises RequestError where there is none yet."""
+    config = config or OrchestratorConfig.from_environment()
+    found = sorted(config.reports_dir.glob("*/report.json"))
+    if not found:
+        raise RequestError(f"there is no report in {config.workspace} yet; run: orchestrator submit tasks/*.yaml")
+    report: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
+    return report, found[-1].with_name("report.html")
+
+
+def query(
+    task: str, item: str | Mapping[str, str] | Sequence[str], config: OrchestratorConfig | None = None, url: str | None = None
+) -> dict[str, Any]:
+    """Ask the running endpoint. Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words."""
+    config = config or OrchestratorConfig.from_environment()
+    running = background.find(config.serve_file)
+    address = url or (running.url if running else None)
+    if address is None:
+        raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
+    try:
+        response = httpx.post(f"{address}/v1/classify", json={"model": task, "input": item}, timeout=60.0)
+    except httpx.HTTPError as error:
+        raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
+    body: dict[str, Any] = response.json()
+    if response.status_code == 404:
+        raise UnknownTaskError(body["error"]["message"])
+    if response.status_code != 200:
+        raise (CapacityError if response.status_code in (429, 503) else RequestError)(body["error"]["message"])
+    return body
+
+
+def _submit(
+    specs: Sequence[TaskSpec],
+    config: OrchestratorConfig,
+    force: bool,
+    on_update: Callable[[Update], None],
+    on_plan: Callable[[PlannedSubmission], None],
+) -> SubmitResult:
+    registry = _registry(config)
+    registry.initialise()
+    prepared, problems = prepare(specs)
+    controller = Controller(config, registry, on_update)
+    works = [controller.observe(task, force=force) for task in prepared]
+    unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
+    if len(unchanged) == len(works):
+        on_plan(PlannedSubmission(Plan((), ()), tuple(prepared), unchanged, tuple(problems)))
+        outcomes = tuple(controller.outcome_of(work) for work in works)
+        return SubmitResult(outcomes, tuple(problems), Outcome.CLEAR, None, None)
+    with ray_session(config):
+        size = cluster_size(config)
+        needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
+        planned = plan_groups(needs, size, config.max_slots)
+        on_plan(PlannedSubmission(planned, tuple(prepared), unchanged, tuple(problems)))
+        checked = _carry_out(controller, works, planned)
+    outcomes = tuple(controller.outcome_of(work) for work in works) + _untouched(registry, checked, works)
+    facts = {
+        "version": installed_version("adapter-orchestrator"),
+        "commit": git_sha(),
+        "bases": ", ".join(sorted({task.spec.base.model for task in prepared})),
+        "workspace": config.workspace.name,
+    }
+    created = datetime.now(UTC)
+    report = build_report(outcomes, created, facts)
+    report_file = write_report(report, config.reports_dir / created.strftime("%Y%m%dT%H%M%S.%f"))
+    return SubmitResult(outcomes, tuple(problems), Outcome(report["outcome"]), report, report_file)
+
+
+def _carry_out(controller: Controller, works: Sequence[TaskWork], planned: Plan) -> dict[str, str]:
+    refused = dict(planned.refused)
+    for work in works:
+        work.error = refused.get(work.task, "")
+    to_train = [work for work in works if work.action is Action.TRAIN and not work.error]
+    for work in to_train:
+        controller.start_run(work)
+    if to_train:
+        controller.train(to_train, planned.groups)
+    for work in works:
+        if work.action is Action.REGISTER:
+            controller.register(work)
+    open_works = [work for work in works if work.action is not Action.KEEP and not work.error]
+    missing = [work for work in open_works if controller.needs_evaluation(work)]
+    gpus = max((group.gpus for group in planned.groups), default=0.0)
+    checked = controller.evaluate(missing, cpus=1.0, gpus=gpus) if missing else {}
+    for work in open_works:
+        if not work.error and work.status in (Status.EVALUATED, Status.PROMOTED, Status.REJECTED):
+            controller.judge(work)
+    return checked
+
+
+def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[TaskWork]) -> tuple[TaskOutcome, ...]:
+    """Outcomes of champions outside this submission that were bound again, canaries included."""
+    champions, submitted = registry.champions(), {work.task for work in works}
+    outcomes = []
+    for key, error in sorted(checked.items()):
+        task = key.partition("@")[0]
+        if task in submitted or task not in champions:
+            continue
+        gate = GateSpec.model_validate_json(champions[task].tags.get("gate", "{}"))
+        state = "failed" if error else "verified"
+        outcomes.append(
+            TaskOutcome(task, "", state, gate.metric, gate.min, gate.margin, champions[task].key, error=error)  # type: ignore[arg-type]
+        )
+    return tuple(outcomes)
+
+
+def _registry(config: OrchestratorConfig) -> Registry:
+    return Registry(config.registry_uri, config.artifact_root)
+
+
+__all__ = [
+    "MultiLoraError",
+    "OrchestratorConfig",
+    "PlannedSubmission",
+    "SubmitResult",
+    "TaskStatus",
+    "latest_report",
+    "load",
+    "plan",
+    "query",
+    "status",
+    "submit",
+]

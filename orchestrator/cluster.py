@@ -1,0 +1,115 @@
+"""The Ray session of one command: connect or start, measure, and run groups and evaluations on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from multilora.errors import CapacityError
+from multilora.spec import BaseSpec
+from orchestrator.config import OrchestratorConfig
+from orchestrator.evaluate import EvalItem, EvalOutcome, evaluate
+from orchestrator.plan import ClusterSize, TrainingGroup
+from orchestrator.worker import GroupTask, train_group
+
+PACKAGES = ("multilora", "serve", "orchestrator")
+
+
+@contextmanager
+def ray_session(config: OrchestratorConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or run a local Ray for as long as the block lasts."""
+    root = Path(__file__).resolve().parents[1]
+    modules = [str(root / package) for package in PACKAGES] if config.ray_address else []
+    try:
+        # The dashboard stays on: without it Ray Train cannot free the resources of a run whose driver died.
+        ray.init(
+            address=config.ray_address or "local",
+            include_dashboard=True if not config.ray_address else None,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env={"py_modules": modules} if modules else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise CapacityError(f"Ray at {config.ray_address or 'this machine'} cannot be used: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def local_size(config: OrchestratorConfig) -> ClusterSize:
+    """Size of this machine, for a plan without Ray."""
+    num_cpus = float(psutil.cpu_count() or 1)
+    num_gpus = float(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    memory = psutil.virtual_memory().available
+    gpu_bytes = int(config.gpu_memory_gib * 2**30)
+    return ClusterSize(num_cpus, num_gpus, num_cpus, num_gpus, memory, gpu_bytes)
+
+
+def cluster_size(config: OrchestratorConfig) -> ClusterSize:
+    """Size of the connected cluster."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return ClusterSize(
+        num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
+        num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
+        max_cpus_per_node=max(node.get("CPU", 0.0) for node in nodes),
+        max_gpus_per_node=max(node.get("GPU", 0.0) for node in nodes),
+        memory_bytes_per_node=int(max(node.get("memory", 0.0) for node in nodes)),
+        memory_bytes_per_gpu=int(config.gpu_memory_gib * 2**30),
+    )
+
+
+class RunningGroup:
+    """One training group on Ray Train, followed from a thread because `fit` blocks."""
+
+    def __init__(self, config: OrchestratorConfig, group: TrainingGroup, task: GroupTask, name: str) -> None:
+        """Start the group; `name` must be new, since Ray Train resumes an old run of the same name without a word."""
+        self.group = group
+        self.error: Exception | None = None
+        resources = {"CPU": group.cpus, "GPU": group.gpus}
+        self._trainer: TorchTrainer = TorchTrainer(
+            train_group,
+            train_loop_config={"task": task},
+            scaling_config=ScalingConfig(num_workers=1, use_gpu=group.gpus > 0, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(config.workspace / "ray"),
+                failure_config=FailureConfig(
+                    max_failures=config.max_failures, max_preemption_failures=-1, controller_failure_limit=config.max_failures
+                ),
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """False once the run ended, with `error` set if it failed."""
+        return self._thread.is_alive()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for the run's end."""
+        self._thread.join(timeout_s)
+
+    def _fit(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as error:  # noqa: BLE001  whatever ended the worker, the controller turns it into an end reason
+            self.error = error
+
+
+def evaluate_on_cluster(
+    base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[EvalItem], cpus: float, gpus: float
+) -> EvalOutcome:
+    """Run `evaluate` where there is room for it."""
+    remote: Any = ray.remote(evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    outcome: EvalOutcome = ray.get(remote.remote(base, items, untouched))
+    return outcome

@@ -1,0 +1,77 @@
+"""Program settings and where files live. Task settings are in the task specs; cluster.yaml is Ray's alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+
+from multilora.spec import Part
+
+
+class OrchestratorConfig(Part):
+    """Settings of one workspace; the command line fills them from flags and environment."""
+
+    workspace: Path
+    """Folder for the MLflow store, adapters, checkpoints, evaluations and reports."""
+    tracking_uri: str | None = None
+    """MLflow server; omit for sqlite and files in the workspace."""
+    ray_address: str | None = None
+    """Ray cluster; omit for a local Ray."""
+    max_slots: int = Field(default=16, ge=1)
+    """Most adapters that train together in one group."""
+    gpu_memory_gib: float = Field(default=24.0, gt=0)
+    """Memory of one GPU, for the plan's estimates; Ray does not tell it."""
+    checkpoint_every_s: float = Field(default=30.0, gt=0)
+    """Seconds between checkpoints."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often a group is started again after its worker died."""
+
+    @classmethod
+    def from_environment(cls, workspace: Path | None = None) -> OrchestratorConfig:
+        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI and RAY_ADDRESS."""
+        root = workspace or Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator"))
+        return cls(
+            workspace=root.resolve(),
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
+            ray_address=os.environ.get("RAY_ADDRESS") or None,
+        )
+
+    @property
+    def registry_uri(self) -> str:
+        """Absolute MLflow URI: workers change directory, so a relative sqlite path would be another database."""
+        return self.tracking_uri or f"sqlite:///{self.workspace / 'mlflow.db'}"
+
+    @property
+    def artifact_root(self) -> Path | None:
+        """Where MLflow's files go without a server; a server decides for itself."""
+        return None if self.tracking_uri else self.workspace / "artifacts"
+
+    @property
+    def reports_dir(self) -> Path:
+        """One folder per report, named by time."""
+        return self.workspace / "reports"
+
+    @property
+    def evals_dir(self) -> Path:
+        """Per-example answers of every evaluation."""
+        return self.workspace / "evals"
+
+    @property
+    def downloads_dir(self) -> Path:
+        """Adapter versions fetched from the registry."""
+        return self.workspace / "downloads"
+
+    @property
+    def serve_file(self) -> Path:
+        """Address and process of the running endpoint."""
+        return self.workspace / "serve.json"
+
+    def adapter_dir(self, run_key: str) -> Path:
+        """Where a run's finished adapter is written."""
+        return self.workspace / "adapters" / run_key
+
+    def checkpoint_file(self, run_key: str) -> Path:
+        """Where a run's training state is kept while it trains."""
+        return self.workspace / "checkpoints" / f"{run_key}.safetensors"

@@ -1,0 +1,391 @@
+"""The one writer: observes each task's run, asks `next_action`, and acts until every run is judged.
+
+Every act can be repeated: a run is found again by its run key, a version by its run, evaluations and adapters are files
+that appear whole. Killed at any moment and started again, a submission ends where an undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from multilora.artifact import read_artifact
+from multilora.errors import AdapterError, MultiLoraError
+from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, AdapterVersion, Registry, RunRecord
+from multilora.spec import BaseSpec
+from orchestrator.cluster import RunningGroup, evaluate_on_cluster
+from orchestrator.config import OrchestratorConfig
+from orchestrator.evaluate import EvalItem, EvalReport
+from orchestrator.judge import GateInput, Verdict, judge
+from orchestrator.plan import TrainingGroup
+from orchestrator.prepare import PreparedTask
+from orchestrator.report import TaskOutcome
+from orchestrator.state import Action, Event, RunFacts, Status, advance, next_action
+from orchestrator.trainer import Member, TrainEvent
+from orchestrator.worker import GroupTask, Mailbox
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.3
+STOP_TIMEOUT_S = 60.0
+TAG_GATE, TAG_VERDICT = "gate_hash", "verdict"
+PYFUNC_CODE = Path(__file__).resolve().parents[1] / "serve" / "pyfunc_model.py"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One thing to show a person or a script: a new status, or progress inside TRAINING."""
+
+    task: str
+    status: str
+    step: int = 0
+    num_steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass
+class TaskWork:
+    """One task's way through a submission."""
+
+    prepared: PreparedTask
+    run: RunRecord | None
+    status: Status
+    action: Action
+    champion: AdapterVersion | None
+    version: AdapterVersion | None = None
+    reports: dict[str, EvalReport] = field(default_factory=dict)
+    """By system name: task@version, zero-shot, majority, tf-idf."""
+    verdict: Verdict | None = None
+    reference: EvalReport | None = None
+    error: str = ""
+
+    @property
+    def task(self) -> str:
+        """Task name."""
+        return self.prepared.spec.name
+
+
+class Controller:
+    """Carries prepared tasks from spec to champion in one workspace."""
+
+    def __init__(self, config: OrchestratorConfig, registry: Registry, on_update: Callable[[Update], None]) -> None:
+        self._config = config
+        self._registry = registry
+        self._on_update = on_update
+
+    def observe(self, prepared: PreparedTask, *, force: bool = False) -> TaskWork:
+        """Look up what is known of the task's run and decide what comes next; `force` forgets an earlier training."""
+        task, run_key = prepared.spec.name, prepared.run_key
+        if force:
+            shutil.rmtree(self._config.adapter_dir(run_key), ignore_errors=True)
+            self._config.checkpoint_file(run_key).unlink(missing_ok=True)
+        run = None if force else self._registry.find_run(task, run_key)
+        champion = self._registry.by_alias(task, CHAMPION)
+        status = Status(run.status) if run and run.status else Status.NEW
+        version = self._registry.version_of_run(run) if run else None
+        work = TaskWork(prepared, run, status, Action.TRAIN, champion, version)
+        work.reports = self._load_reports(run_key) if run else {}
+        if status is Status.EVALUATED and not work.reports:
+            work.status = Status.REGISTERED  # the workspace with the stored answers is gone
+        is_champion = bool(champion and version and champion.version == version.version)
+        is_gate_changed = bool(run and run.tags.get(TAG_GATE, prepared.gate_hash) != prepared.gate_hash)
+        work.action = next_action(RunFacts(work.status, self._has_artifact(run_key), is_champion, is_gate_changed))
+        return work
+
+    def start_run(self, work: TaskWork) -> None:
+        """Create or reopen the MLflow run of a task that will be trained."""
+        prepared = work.prepared
+        if work.run is None:
+            tags = {
+                "spec_hash": prepared.run_key,
+                "data_fingerprint": prepared.dataset.fingerprint,
+                "base_fingerprint": prepared.base_files.fingerprint,
+                "git_sha": git_sha(),
+                TAG_STATUS: str(Status.NEW),
+            }
+            work.run = self._registry.start_run(work.task, prepared.run_key, _params(prepared), tags)
+            self._registry.log_texts(work.run.run_id, {"spec.json": prepared.spec.model_dump_json(indent=2)})
+        self._move(work, Event.STARTED)
+
+    def train(self, works: Sequence[TaskWork], groups: Sequence[TrainingGroup]) -> None:
+        """Train all groups side by side, registering every adapter as it finishes.
+
+        On KeyboardInterrupt workers save and end, runs become CANCELLED, and the interrupt goes on to the caller.
+        """
+        by_key = {work.prepared.run_key: work for work in works}
+        by_task = {work.task: work for work in works}
+        mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        running = []
+        for group in groups:
+            members = tuple(self._member(by_task[name].prepared) for name in group.members)
+            threads = max(1, int(group.cpus))
+            task = GroupTask(group.base, members, group.num_slots, threads, self._config.checkpoint_every_s, mailbox)
+            running.append(RunningGroup(self._config, group, task, f"{group.group_id}-{stamp}"))
+        try:
+            while any(group.is_running for group in running):
+                self._handle(ray.get(mailbox.take.remote()), by_key)
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            ray.get(mailbox.stop.remote())
+            for group in running:
+                group.wait(STOP_TIMEOUT_S)
+            self._handle(ray.get(mailbox.take.remote()), by_key)
+            for work in works:
+                if work.status is Status.TRAINING:
+                    self._move(work, Event.CANCELLED, "interrupted; submit again to continue")
+            raise
+        self._handle(ray.get(mailbox.take.remote()), by_key)
+        for group in running:
+            for name in group.group.members:
+                if by_task[name].status is Status.TRAINING:
+                    self._fail(by_task[name], f"worker ended: {group.error or 'no result'}")
+
+    def register(self, work: TaskWork) -> None:
+        """Make the finished adapter a version of the task, alias challenger."""
+        assert work.run is not None
+        prepared = work.prepared
+        try:
+            if work.status is Status.TRAINING:
+                self._move(work, Event.FINISHED)
+            folder = self._config.adapter_dir(prepared.run_key)
+            artifact = read_artifact(folder)
+            tags = {
+                "run_key": prepared.run_key,
+                "base": prepared.spec.base.model,
+                "rank": str(prepared.spec.lora.rank),
+                "data_fingerprint": prepared.dataset.fingerprint[:16],
+                "gate": prepared.spec.gate.model_dump_json(),
+            }
+            description = prepared.spec.description or work.task
+            work.version = self._registry.register(work.run, folder, artifact.digest, PYFUNC_CODE, description, tags)
+            self._registry.set_alias(work.version, CHALLENGER)
+            self._move(work, Event.REGISTERED)
+            self._registry.end_run(work.run.run_id, is_ok=True)
+        except MultiLoraError as error:
+            self._fail(work, str(error))
+
+    def evaluate(self, works: Sequence[TaskWork], cpus: float, gpus: float) -> dict[str, str]:
+        """Evaluate versions beside their champions and baselines.
+
+        Returns the untouched champions of other tasks over the same bases, each with what is wrong with it ("" = verified).
+        """
+        judged = {work.task for work in works}
+        untouched = self._items_of_untouched(judged)
+        items: dict[BaseSpec, list[EvalItem]] = {}
+        for work in works:
+            for base, item in self._items_of(work):
+                items.setdefault(base, []).append(item)
+        checked: dict[str, str] = {}
+        for base, base_items in items.items():
+            for item in base_items:
+                self._on_update(Update(item.task, "EVALUATING", message=f"{item.task}@{item.version}"))
+            others = [item for other, item in untouched.items() if other[0] == base]
+            outcome = evaluate_on_cluster(base, base_items, others, cpus, gpus)
+            checked |= {f"{o.task}@{o.version}": outcome.errors.get(f"{o.task}@{o.version}", "") for o in others}
+            for work in works:
+                work.reports |= {system: report for (task, system), report in outcome.reports.items() if task == work.task}
+                if work.version and (error := outcome.errors.get(work.version.key)):
+                    self._fail(work, error)
+        for work in works:
+            if work.version and work.version.key in work.reports:
+                self._store_reports(work)
+                self._log_evaluation(work)
+                if work.status is Status.REGISTERED:
+                    self._move(work, Event.EVALUATED)
+        return checked
+
+    def needs_evaluation(self, work: TaskWork) -> bool:
+        """Whether an answer that the judge needs is missing."""
+        if work.version is None or work.error:
+            return False
+        is_contested = work.champion is not None and work.champion.version != work.version.version
+        needed = [work.version.key, "zero-shot", *([work.champion.key] if is_contested and work.champion else [])]
+        return any(system not in work.reports for system in needed)
+
+    def judge(self, work: TaskWork) -> None:
+        """Judge the candidate against the champion, and move the alias when it passes."""
+        assert work.run is not None
+        assert work.version is not None
+        if work.status in (Status.PROMOTED, Status.REJECTED):
+            self._move(work, Event.RECONSIDERED)
+        gate = work.prepared.spec.gate
+        candidate = work.reports[work.version.key]
+        is_first = work.champion is None or work.champion.version == work.version.version
+        reference = work.reports["zero-shot"] if is_first or not work.champion else work.reports[work.champion.key]
+        verdict = judge(
+            GateInput(
+                candidate_correct=candidate.correct,
+                reference_correct=reference.correct,
+                candidate_value=candidate.value(gate.metric),
+                reference_value=reference.value(gate.metric),
+                minimum=gate.min,
+                margin=gate.margin,
+                is_first_version=is_first,
+            )
+        )
+        work.verdict, work.reference = verdict, reference
+        reason = "; ".join(verdict.reasons)
+        numbers = f"{gate.metric} {candidate.value(gate.metric):.4f} on {len(candidate.answers)} gate examples"
+        self._registry.tag_version(work.version, {TAG_VERDICT: str(verdict.kind), "reasons": reason, gate.metric: numbers})
+        self._registry.describe_version(work.version, f"**{verdict.kind}** {reason}. {numbers}.")
+        self._registry.set_tags(work.run.run_id, {TAG_GATE: work.prepared.gate_hash, TAG_VERDICT: str(verdict.kind)})
+        if verdict.is_promoted:
+            before = work.champion.version if work.champion and not is_first else ""
+            self._registry.tag_version(work.version, {"previous_champion": str(before)})
+            self._registry.set_alias(work.version, CHAMPION)
+            self._registry.drop_alias(work.task, CHALLENGER)
+            work.champion = work.version
+        self._move(work, Event.PROMOTED if verdict.is_promoted else Event.REJECTED, reason)
+
+    def outcome_of(self, work: TaskWork) -> TaskOutcome:
+        """What the report says of a task."""
+        spec = work.prepared.spec
+        state = "failed" if work.error else "judged" if work.verdict else "unchanged"
+        baselines = tuple(work.reports[name] for name in ("zero-shot", "majority", "tf-idf") if name in work.reports)
+        return TaskOutcome(
+            task=work.task,
+            description=spec.description,
+            state=state,  # type: ignore[arg-type]
+            metric=spec.gate.metric,
+            minimum=spec.gate.min,
+            margin=spec.gate.margin,
+            champion=work.champion.key if work.champion else None,
+            candidate=work.version.key if work.version else None,
+            reference=work.reference.system if work.reference else None,
+            verdict=work.verdict,
+            candidate_report=work.reports.get(work.version.key) if work.version else None,
+            reference_report=work.reference,
+            baselines=baselines,
+            error=work.error,
+        )
+
+    def _handle(self, events: Iterable[TrainEvent], by_key: dict[str, TaskWork]) -> None:
+        points: dict[str, list[tuple[str, float, int, int]]] = {}
+        for event in events:
+            work = by_key[event.run_key]
+            assert work.run is not None
+            named = [(name, value, event.step, event.unix_ms) for name, value in event.metrics.items()]
+            points.setdefault(work.run.run_id, []).extend(named)
+            if event.kind == "finished":
+                self._move(work, Event.FINISHED)
+                self.register(work)
+            elif event.kind == "failed":
+                self._fail(work, event.message)
+            else:
+                metrics = dict(event.metrics)
+                self._on_update(Update(work.task, str(work.status), event.step, event.num_steps, metrics))
+        for run_id, named in points.items():
+            self._registry.log_metrics(run_id, named)
+
+    def _fail(self, work: TaskWork, reason: str) -> None:
+        work.error = reason
+        self._move(work, Event.FAILED, reason)
+        if work.run:
+            self._registry.end_run(work.run.run_id, is_ok=False)
+
+    def _move(self, work: TaskWork, event: Event, reason: str = "") -> None:
+        assert work.run is not None
+        work.status = advance(work.status, event)
+        self._registry.set_tags(work.run.run_id, {TAG_STATUS: str(work.status), TAG_REASON: reason})
+        logger.info("run %s task=%s run=%s reason=%s", work.status, work.task, work.run.run_id, reason)
+        self._on_update(Update(work.task, str(work.status), message=reason))
+
+    def _member(self, prepared: PreparedTask) -> Member:
+        return Member(
+            spec=prepared.spec,
+            run_key=prepared.run_key,
+            train=prepared.dataset.train,
+            select=prepared.dataset.select,
+            data_fingerprint=prepared.dataset.fingerprint,
+            adapter_dir=str(self._config.adapter_dir(prepared.run_key)),
+            checkpoint_file=str(self._config.checkpoint_file(prepared.run_key)),
+        )
+
+    def _items_of(self, work: TaskWork) -> Iterable[tuple[BaseSpec, EvalItem]]:
+        """The candidate with its baselines, and the champion where its answers on this gate split are not stored."""
+        dataset, version, champion = work.prepared.dataset, work.version, work.champion
+        assert version is not None
+        gate, fingerprint = dataset.gate, dataset.gate_fingerprint
+        folder = str(self._registry.download(version, self._config.downloads_dir))
+        item = EvalItem(work.task, version.version, version.digest, folder, gate, fingerprint, dataset.train)
+        yield work.prepared.spec.base, item
+        if champion and champion.version != version.version:
+            stored = self._load_reports(champion.tags.get("run_key", "")).get(champion.key)
+            if stored and stored.gate_fingerprint == fingerprint:
+                work.reports[champion.key] = stored
+            else:
+                other = self._registry.download(champion, self._config.downloads_dir)
+                base = read_artifact(other).card.base
+                yield base, EvalItem(work.task, champion.version, champion.digest, str(other), gate, fingerprint)
+
+    def _items_of_untouched(self, judged: set[str]) -> dict[tuple[BaseSpec, str], EvalItem]:
+        items = {}
+        for task, version in self._registry.champions().items():
+            if task not in judged:
+                try:
+                    folder = self._registry.download(version, self._config.downloads_dir)
+                    base = read_artifact(folder, version.digest).card.base
+                except AdapterError as error:
+                    logger.warning("champion unreadable task=%s version=%s error=%s", task, version.version, error)
+                    continue
+                items[base, task] = EvalItem(task, version.version, version.digest, str(folder), (), "")
+        return items
+
+    def _has_artifact(self, run_key: str) -> bool:
+        try:
+            read_artifact(self._config.adapter_dir(run_key))
+        except AdapterError:
+            return False
+        return True
+
+    def _log_evaluation(self, work: TaskWork) -> None:
+        assert work.run is not None
+        assert work.version is not None
+        metric, now = work.prepared.spec.gate.metric, int(time.time() * 1000)
+        points = []
+        for system, report in work.reports.items():
+            name = f"gate/{metric}" if system == work.version.key else f"gate/{system.replace('@', '-v')}_{metric}"
+            points.append((name, report.value(metric), 0, now))
+        self._registry.log_metrics(work.run.run_id, points)
+        self._registry.log_texts(work.run.run_id, {"gate_answers.json": work.reports[work.version.key].to_json()})
+
+    def _store_reports(self, work: TaskWork) -> None:
+        file = self._config.evals_dir / f"{work.prepared.run_key}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(".tmp")
+        staging.write_text(json.dumps([report.to_json() for report in work.reports.values()]), encoding="utf-8")
+        staging.replace(file)
+
+    def _load_reports(self, run_key: str) -> dict[str, EvalReport]:
+        file = self._config.evals_dir / f"{run_key}.json"
+        if not file.is_file():
+            return {}
+        reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+        return {report.system: report for report in reports}
+
+
+def _params(prepared: PreparedTask) -> dict[str, object]:
+    spec, dataset = prepared.spec, prepared.dataset
+    nested = spec.model_dump(mode="json", include={"base", "lora", "train", "gate"})
+    params = {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()}
+    sizes = {f"num_{split}": len(getattr(dataset, split)) for split in ("train", "select", "gate")}
+    return {**params, **sizes, "num_labels": len(spec.labels or ())}
+
+
+def git_sha() -> str:
+    """Commit of the folder that the command runs in; empty outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()

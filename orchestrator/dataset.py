@@ -1,0 +1,188 @@
+"""A task's examples: load, check, split and fingerprint. Every problem is found before anything is raised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from multilora.errors import DataError, Problem
+from multilora.spec import LOCAL_SUFFIXES, HubSource, TaskSpec
+
+GATE_SHARE, GATE_MOST = 0.4, 1000
+SELECT_SHARE, SELECT_MOST = 0.1, 200
+NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled row; `id` is a hash of its input, so the same row has the same id in every run."""
+
+    id: str
+    columns: dict[str, str]
+    label: str
+
+
+@dataclass(frozen=True)
+class TaskDataset:
+    """The three disjoint splits of a task."""
+
+    task: str
+    train: tuple[Example, ...]
+    select: tuple[Example, ...]
+    gate: tuple[Example, ...]
+    fingerprint: str
+    """sha256 over all rows of all splits, in order."""
+    notes: tuple[str, ...]
+    """What a person should know: duplicates dropped, labels without examples."""
+
+    @property
+    def gate_fingerprint(self) -> str:
+        """sha256 over the gate rows; two evaluations are comparable only where it is equal."""
+        return _fingerprint([self.gate])
+
+
+def build_dataset(spec: TaskSpec) -> TaskDataset:
+    """Load a task's splits, cutting off missing ones by label with a fixed seed. Raises DataError with all problems."""
+    problems: list[Problem] = []
+    notes: list[str] = []
+    rows = {
+        split: _read_examples(spec, split, source, problems, notes)
+        for split in ("train", "select", "gate")
+        if (source := getattr(spec.data, split)) is not None
+    }
+    if problems:
+        raise DataError.of(problems)
+    _check_overlap(spec, rows)
+    train = rows["train"]
+    if "gate" not in rows:
+        rows["gate"], train = _cut_off(train, min(GATE_SHARE, GATE_MOST / len(train)), spec.train.seed)
+    if "select" not in rows:
+        share = min(SELECT_SHARE, SELECT_MOST / len(rows["train"])) * len(rows["train"]) / len(train)
+        rows["select"], train = _cut_off(train, share, spec.train.seed + 1)
+    if spec.train.max_examples and spec.train.max_examples < len(train):
+        train, _ = _cut_off(train, spec.train.max_examples / len(train), spec.train.seed + 2, spec.train.max_examples)
+    splits = {"train": train, "select": rows["select"], "gate": rows["gate"]}
+    empty = [name for name, examples in splits.items() if not examples]
+    if empty:
+        rule = f"{len(rows['train'])} rows leave the split {', '.join(empty)} empty"
+        raise DataError.of([Problem(spec.name, "data", "", rule, "give more rows, or a file for that split")])
+    unseen = sorted(set(spec.labels or ()) - {example.label for example in train})
+    if unseen:
+        notes.append(f"no training example has the label {', '.join(unseen)}")
+    ordered = [tuple(splits[name]) for name in ("train", "select", "gate")]
+    return TaskDataset(spec.name, *ordered, fingerprint=_fingerprint(ordered), notes=tuple(notes))
+
+
+def _read_examples(
+    spec: TaskSpec, split: str, source: str | HubSource, problems: list[Problem], notes: list[str]
+) -> list[Example]:
+    where, table = _load_table(spec, split, source)
+    needed = [*spec.columns, spec.data.label]
+    for column in needed:
+        if column not in table.column_names:
+            field = "data.label" if column == spec.data.label else "instruction"
+            fix = f"the columns are {', '.join(table.column_names)}; name one of them in {field} or data.text"
+            problems.append(Problem(where, column, "", f"column is missing, task {spec.name} needs it", fix))
+    if any(problem.where == where for problem in problems):
+        return []
+    examples: dict[str, Example] = {}
+    bad_labels: Counter[str] = Counter()
+    first_row: dict[str, int] = {}
+    num_duplicates = 0
+    columns = {name: table[name] for name in needed}
+    for number in range(len(table)):
+        values = {name: _as_text(columns[name][number]) for name in needed}
+        blank = [name for name, value in values.items() if not value.strip()]
+        if blank:
+            fix = "fill it in or remove the row"
+            if sum(problem.where.startswith(f"{where}: row") for problem in problems) < NUM_SHOWN:
+                problems.append(Problem(f"{where}: row {number + 1}", blank[0], "", "is empty", fix))
+            continue
+        label = values.pop(spec.data.label)
+        if spec.labels is not None and label not in spec.labels:
+            bad_labels[label] += 1
+            first_row.setdefault(label, number + 1)
+            continue
+        example = Example(hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16], values, label)
+        num_duplicates += example.id in examples
+        examples.setdefault(example.id, example)
+    for label, count in bad_labels.most_common(NUM_SHOWN):
+        rule = f"{count} rows have a label that the spec does not list, first in row {first_row[label]}"
+        problems.append(Problem(where, spec.data.label, repr(label), rule, "add it to labels, or correct the rows"))
+    if num_duplicates:
+        notes.append(f"{split}: {num_duplicates} rows repeat an input and are left out")
+    return list(examples.values())
+
+
+def _load_table(spec: TaskSpec, split: str, source: str | HubSource) -> tuple[str, Any]:
+    if isinstance(source, HubSource):
+        where = f"{source.hub} {source.split}"
+        options: dict[str, Any] = {"path": source.hub, "name": source.config, "revision": source.revision}
+        options["split"] = source.split
+        fix = "check id, split and network, or point to a local file"
+    else:
+        where = Path(source).name
+        kind = LOCAL_SUFFIXES[Path(source).suffix.lower()]
+        options = {"path": kind, "data_files": source, "split": "train"}
+        fix = f"check that the file is {Path(source).suffix.lower()[1:]} with one row per example"
+        if kind == "csv":
+            # Without keep_default_na=False an answer "None" or "NA" would become an empty cell.
+            options |= {"sep": "\t" if source.endswith(".tsv") else ",", "dtype": str, "keep_default_na": False}
+    datasets.disable_progress_bars()
+    try:
+        return where, datasets.load_dataset(**options)
+    except Exception as error:  # noqa: BLE001  `datasets` raises whatever its readers, pandas, pyarrow or the hub raise
+        cause = error.__cause__ or error
+        rule = f"cannot be read ({type(cause).__name__}: {str(cause)[:200]})"
+        raise DataError.of([Problem(where, f"data.{split}", "", rule, fix)]) from error
+
+
+def _as_text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _check_overlap(spec: TaskSpec, rows: dict[str, list[Example]]) -> None:
+    problems = []
+    names = list(rows)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            ids = {example.id for example in rows[first]}
+            shared = [example for example in rows[second] if example.id in ids]
+            if shared:
+                shown = "; ".join(repr(example.columns[spec.data.text][:60]) for example in shared[:NUM_SHOWN])
+                rule = f"{len(shared)} rows are in both {first} and {second}: {shown}"
+                problems.append(Problem(spec.name, f"data.{second}", "", rule, "keep each row in one split only"))
+    if problems:
+        raise DataError.of(problems)
+
+
+def _cut_off(
+    examples: Sequence[Example], share: float, seed: int, exactly: int | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Take `share` of the rows of every label (or `exactly` so many in all), keeping the rows' order in both parts."""
+    shuffled = list(range(len(examples)))
+    random.Random(seed).shuffle(shuffled)
+    rank_in_label: Counter[str] = Counter()
+    size_of_label = Counter(example.label for example in examples)
+    quantile = {}
+    for index in shuffled:
+        label = examples[index].label
+        quantile[index] = (rank_in_label[label] + 0.5) / size_of_label[label]
+        rank_in_label[label] += 1
+    # Rows of every label spread evenly over (0, 1); the lowest quantiles are a stratified sample of any size.
+    wanted = exactly if exactly is not None else round(share * len(examples))
+    taken = set(sorted(shuffled, key=lambda index: quantile[index])[:wanted])
+    return [e for i, e in enumerate(examples) if i in taken], [e for i, e in enumerate(examples) if i not in taken]
+
+
+def _fingerprint(splits: Iterable[Sequence[Example]]) -> str:
+    rows = [[[example.id, example.label] for example in split] for split in splits]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

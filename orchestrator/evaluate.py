@@ -1,0 +1,149 @@
+"""Evaluate adapter versions through the serving engine, beside majority class, zero-shot base and TF-IDF + logistic regression."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+from multilora.artifact import read_artifact
+from multilora.base_model import load_base
+from multilora.errors import AdapterError
+from multilora.spec import BaseSpec
+from orchestrator.dataset import Example
+from orchestrator.metrics import METRICS
+from serve.engine import Answer, Engine, Work
+
+NUM_SLOTS = 16
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One example's answer beside its gold label; scores in label order."""
+
+    id: str
+    text: str
+    gold: str
+    answer: str
+    probability: float
+    scores: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Every answer of one system on one gate split; all numbers derive from these."""
+
+    task: str
+    system: str
+    """`task@version`, or `zero-shot`, `majority`, `tf-idf`."""
+    digest: str
+    gate_fingerprint: str
+    labels: tuple[str, ...]
+    answers: tuple[Graded, ...]
+
+    @property
+    def correct(self) -> list[bool]:
+        """Right or wrong per example, in gate order."""
+        return [graded.answer == graded.gold for graded in self.answers]
+
+    def value(self, metric: str) -> float:
+        """The named metric."""
+        return METRICS[metric]([g.gold for g in self.answers], [g.answer for g in self.answers])
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalReport:
+        """Undo `to_json`."""
+        raw = json.loads(text)
+        answers = tuple(Graded(**{**row, "scores": tuple(row["scores"])}) for row in raw.pop("answers"))
+        return cls(**{**raw, "labels": tuple(raw["labels"])}, answers=answers)
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One adapter version to evaluate on a task's gate split."""
+
+    task: str
+    version: int
+    digest: str
+    folder: str
+    gate: tuple[Example, ...]
+    gate_fingerprint: str
+    train: tuple[Example, ...] = ()
+    """Give the training examples to have the baselines computed too."""
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """Reports by (task, system), and why an adapter could not be bound, by task@version."""
+
+    reports: dict[tuple[str, str], EvalReport]
+    errors: dict[str, str]
+
+
+def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[EvalItem] = ()) -> EvalOutcome:
+    """Evaluate `items` over one base; of `untouched` adapters only bind them, which checks base, tensors and canaries."""
+    artifacts, errors = {}, {}
+    for item in (*items, *untouched):
+        try:
+            artifacts[item.task, item.version] = read_artifact(Path(item.folder), item.digest)
+        except AdapterError as error:
+            errors[f"{item.task}@{item.version}"] = str(error)
+    max_rank = max((artifact.card.rank for artifact in artifacts.values()), default=1)
+    engine = Engine(load_base(base), NUM_SLOTS, max_rank)
+    reports: dict[tuple[str, str], EvalReport] = {}
+    for item in (*items, *untouched):
+        artifact = artifacts.get((item.task, item.version))
+        if artifact is None:
+            continue
+        try:
+            key = engine.bind(artifact, item.version)
+        except AdapterError as error:
+            errors[f"{item.task}@{item.version}"] = str(error)
+            continue
+        if not item.gate:
+            continue
+        answers = engine.classify([Work(key, engine.prompt(key, example.columns)) for example in item.gate])
+        reports[item.task, key] = _graded(item, key, artifact.digest, artifact.card.text_column, answers)
+        if item.train:
+            zero_shot = engine.classify_zero_shot(artifact.card.prompt_format, [example.columns for example in item.gate])
+            reports[item.task, "zero-shot"] = _graded(
+                item, "zero-shot", artifact.card.base_fingerprint, artifact.card.text_column, zero_shot
+            )
+            labels = tuple(label for label, _ in artifact.card.labels)
+            for system, guesses in (("majority", _majority(item)), ("tf-idf", _tf_idf(item))):
+                plain = [Answer(guess, labels, tuple(float(name == guess) for name in labels), False) for guess in guesses]
+                reports[item.task, system] = _graded(item, system, "", artifact.card.text_column, plain)
+    return EvalOutcome(reports, errors)
+
+
+def _graded(item: EvalItem, system: str, digest: str, text_column: str, answers: Sequence[Answer]) -> EvalReport:
+    rows = tuple(
+        Graded(example.id, example.columns[text_column], example.label, answer.label, max(answer.probabilities), answer.scores)
+        for example, answer in zip(item.gate, answers, strict=True)
+    )
+    return EvalReport(item.task, system, digest, item.gate_fingerprint, answers[0].labels, rows)
+
+
+def _majority(item: EvalItem) -> list[str]:
+    return [Counter(example.label for example in item.train).most_common(1)[0][0]] * len(item.gate)
+
+
+def _tf_idf(item: EvalItem) -> list[str]:
+    """Word 1- and 2-grams, logistic regression with C = 10: a strong setting of what people run without a language model."""
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=2000))
+    model.fit([_text(example) for example in item.train], [example.label for example in item.train])
+    return [str(answer) for answer in model.predict([_text(example) for example in item.gate])]
+
+
+def _text(example: Example) -> str:
+    return "\n".join(example.columns.values())

@@ -1,0 +1,177 @@
+"""Which adapters train together, where, and what that will take. Pure: the same input gives the same plan; no torch, no Ray.
+
+Estimates come from arithmetic (4 x parameters x tokens for forward and backward over a frozen base), not from a trial run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from multilora.spec import BaseSpec, ResourceSpec
+
+FLOPS_PER_S = {"cpu_core": 4e10, "gpu": 4e13}
+"""Sustained rates that the estimates assume: one CPU core in float32, one data-centre GPU in bfloat16."""
+START_UP_S = 25.0
+"""Ray and a training worker from nothing to the first step."""
+BYTES_PER_ADAPTER_PARAMETER = 16
+"""float32 weight, gradient and two Adam moments."""
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.1, "4bit": 0.6}
+ACTIVATION_BYTES_PER_TOKEN = 34 * 4
+"""Per layer and hidden unit. Source: arXiv 2205.05198 (34 values per token, layer and hidden unit), float32."""
+WORKER_BYTES = 1 << 30
+"""Python, torch and Ray in one worker process."""
+
+
+@dataclass(frozen=True)
+class TaskNeed:
+    """What the plan must know of one task."""
+
+    task: str
+    base: BaseSpec
+    num_base_parameters: int
+    num_layers: int
+    hidden_size: int
+    rank: int
+    num_train: int
+    epochs: int
+    batch_size: int
+    tokens_per_example: float
+    resources: ResourceSpec
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps."""
+        return -(-self.num_train // self.batch_size) * self.epochs
+
+    @property
+    def num_tokens(self) -> float:
+        """Tokens through forward and backward."""
+        return self.num_train * self.epochs * self.tokens_per_example
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        """All linear layers of a transformer: attention 4 x (h + h), feed-forward 2 x (h + 4h) inputs and outputs."""
+        return 18 * self.hidden_size * self.rank * self.num_layers
+
+
+@dataclass(frozen=True)
+class ClusterSize:
+    """What the cluster has; per-node limits bound a single worker."""
+
+    num_cpus: float
+    num_gpus: float
+    max_cpus_per_node: float
+    max_gpus_per_node: float
+    memory_bytes_per_node: int
+    memory_bytes_per_gpu: int
+
+
+@dataclass(frozen=True)
+class TrainingGroup:
+    """Adapters that train together on one worker."""
+
+    group_id: str
+    base: BaseSpec
+    members: tuple[str, ...]
+    num_slots: int
+    gpus: float
+    cpus: float
+    memory_bytes: int
+    num_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups to train, longest first, and the tasks that cannot run here, with the reason."""
+
+    groups: tuple[TrainingGroup, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def makespan_s(self) -> float:
+        """Longest group; groups run side by side."""
+        return max((group.seconds for group in self.groups), default=0.0)
+
+
+def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int) -> Plan:
+    """Put every task into exactly one group, or refuse it. Longest work is placed first, on the least loaded worker."""
+    refused: list[tuple[str, str]] = []
+    alike: dict[tuple[object, ...], list[TaskNeed]] = {}
+    for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
+        gpus, cpus = _worker_size(need.resources, cluster)
+        if reason := _infeasible(need, gpus, cpus, cluster):
+            refused.append((need.task, reason))
+        else:
+            alike.setdefault((need.base.model_dump_json(), gpus, cpus), []).append(need)
+    groups: list[TrainingGroup] = []
+    for (_, gpus, cpus), tasks in alike.items():
+        assert isinstance(gpus, float)
+        assert isinstance(cpus, float)
+        num_lanes = int(cluster.num_gpus // gpus) if gpus else int(cluster.num_cpus // cpus)
+        lanes: list[list[TaskNeed]] = [[] for _ in range(max(1, min(num_lanes, len(tasks))))]
+        for need in tasks:
+            min(lanes, key=lambda lane: sum(n.num_tokens for n in lane)).append(need)
+        groups += [_group(lane, gpus, cpus, cluster, max_slots) for lane in lanes]
+    ordered = sorted(groups, key=lambda group: (-group.seconds, group.group_id))
+    return Plan(tuple(ordered), tuple(sorted(refused)))
+
+
+def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, float]:
+    gpus = resources.gpus if resources.gpus is not None else float(cluster.num_gpus >= 1)
+    cpus = resources.cpus if resources.cpus is not None else (1.0 if gpus else max(1.0, cluster.max_cpus_per_node))
+    return float(gpus), float(cpus)
+
+
+def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) -> str | None:
+    if need.resources.workers > 1:
+        return "resources.workers above 1 (data-parallel training) is not available in this version; set it to 1"
+    if gpus > cluster.max_gpus_per_node:
+        return f"needs {gpus:g} GPUs on one node, the largest node has {cluster.max_gpus_per_node:g}; lower resources.gpus"
+    if cpus > cluster.max_cpus_per_node:
+        return f"needs {cpus:g} CPUs on one node, the largest node has {cluster.max_cpus_per_node:g}; lower resources.cpus"
+    needed, budget = _memory_bytes([need], 1), _budget(gpus, cluster)
+    if needed > budget:
+        return (
+            f"needs about {needed / 2**30:.1f} GiB, one worker has {budget / 2**30:.1f} GiB; "
+            "use base.quantization 8bit or 4bit, a smaller batch_size or max_length, or a larger machine"
+        )
+    return None
+
+
+def _budget(gpus: float, cluster: ClusterSize) -> int:
+    return int(gpus * cluster.memory_bytes_per_gpu) if gpus else cluster.memory_bytes_per_node
+
+
+def _group(
+    lane: Sequence[TaskNeed], gpus: float, cpus: float, cluster: ClusterSize, max_slots: int
+) -> TrainingGroup:
+    num_slots = min(max_slots, len(lane))
+    while num_slots > 1 and _memory_bytes(lane, num_slots) > _budget(gpus, cluster):
+        num_slots -= 1
+    num_flops = sum(4 * need.num_base_parameters * need.num_tokens for need in lane)
+    rate = gpus * FLOPS_PER_S["gpu"] if gpus else cpus * FLOPS_PER_S["cpu_core"]
+    members = tuple(need.task for need in lane)
+    return TrainingGroup(
+        group_id=hashlib.sha256(" ".join([lane[0].base.model_dump_json(), *members]).encode()).hexdigest()[:8],
+        base=lane[0].base,
+        members=members,
+        num_slots=num_slots,
+        gpus=gpus,
+        cpus=cpus,
+        memory_bytes=_memory_bytes(lane, num_slots),
+        num_steps=sum(need.num_steps for need in lane),
+        seconds=START_UP_S + num_flops / rate,
+    )
+
+
+def _memory_bytes(lane: Sequence[TaskNeed], num_slots: int) -> int:
+    """Estimate one worker: base once, adapters and optimiser of the slots, activations of the largest joint step."""
+    first = lane[0]
+    kind = first.base.quantization if first.base.quantization != "none" else first.base.dtype
+    largest = sorted((need.batch_size * need.tokens_per_example for need in lane), reverse=True)[:num_slots]
+    adapters = num_slots * max(need.num_adapter_parameters for need in lane) * BYTES_PER_ADAPTER_PARAMETER
+    activations = sum(largest) * ACTIVATION_BYTES_PER_TOKEN * first.num_layers * first.hidden_size
+    return int(WORKER_BYTES + first.num_base_parameters * BYTES_PER_WEIGHT[kind] + adapters + activations)

@@ -1,0 +1,93 @@
+"""From task specs to tasks that can be planned: data loaded and checked, base found, run key computed. No torch, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from multilora.base_files import BaseFiles, find_base
+from multilora.errors import DataError, Problem, SpecError
+from multilora.prompt import PromptFormat, label_wordings
+from multilora.spec import BaseSpec, TaskSpec, spec_hash
+from orchestrator.dataset import TaskDataset, build_dataset
+from orchestrator.plan import TaskNeed
+
+CHARS_PER_TOKEN = 4.0
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task whose data and base are there."""
+
+    spec: TaskSpec
+    dataset: TaskDataset
+    base_files: BaseFiles
+    run_key: str
+    """Hash of everything that decides the trained weights; equal keys mean there is nothing to train."""
+
+    @property
+    def gate_hash(self) -> str:
+        """Hash of the gate's settings."""
+        return hashlib.sha256(self.spec.gate.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def need(self) -> TaskNeed:
+        """What the plan must know; tokens are estimated from characters."""
+        spec, files = self.spec, self.base_files
+        lengths = [sum(map(len, example.columns.values())) for example in self.dataset.train]
+        num_tokens = sum(lengths) / len(lengths) / CHARS_PER_TOKEN + 2
+        if files.family != "encoder":
+            labels = PromptFormat.of(spec, files.family).labels
+            num_tokens += (len(spec.instruction) + sum(map(len, label_wordings(labels)))) / CHARS_PER_TOKEN
+        return TaskNeed(
+            task=spec.name,
+            base=spec.base,
+            num_base_parameters=files.num_parameters,
+            num_layers=files.num_layers,
+            hidden_size=files.hidden_size,
+            rank=spec.lora.rank,
+            num_train=len(self.dataset.train),
+            epochs=spec.train.epochs,
+            batch_size=spec.train.batch_size,
+            tokens_per_example=min(num_tokens, spec.train.max_length),
+            resources=spec.resources,
+        )
+
+
+def prepare(specs: Sequence[TaskSpec]) -> tuple[list[PreparedTask], list[Problem]]:
+    """Prepare every task that can be; the problems of the others come back, and the others go on."""
+    prepared: list[PreparedTask] = []
+    problems: list[Problem] = []
+    found: dict[BaseSpec, BaseFiles | tuple[Problem, ...]] = {}
+    for spec in specs:
+        if spec.labels is None:
+            rule = "free-text tasks cannot be trained by this version"
+            problems.append(Problem(spec.name, "labels", "", rule, "list the labels, or leave the task out"))
+            continue
+        if spec.base not in found:
+            try:
+                found[spec.base] = find_base(spec.base)
+            except SpecError as error:
+                found[spec.base] = error.problems
+        files = found[spec.base]
+        if isinstance(files, tuple):
+            problems += [replace(problem, where=spec.name) for problem in files]
+            continue
+        try:
+            dataset = build_dataset(spec)
+        except DataError as error:
+            problems += [replace(problem, where=_prefixed(spec.name, problem.where)) for problem in error.problems]
+            continue
+        prepared.append(PreparedTask(spec, dataset, files, _run_key(spec, dataset, files)))
+    return prepared, problems
+
+
+def _prefixed(task: str, where: str) -> str:
+    return where if where == task else f"{task}: {where}"
+
+
+def _run_key(spec: TaskSpec, dataset: TaskDataset, files: BaseFiles) -> str:
+    parts = [spec.name, spec_hash(spec), dataset.fingerprint, files.fingerprint]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""What a person sees while a submission runs: a live table on a terminal, plain lines in a pipe, JSON lines for scripts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from orchestrator.controller import Update
+
+
+class Progress(Protocol):
+    """Shows updates."""
+
+    def update(self, update: Update) -> None:
+        """Show one update."""
+
+    def say(self, show: Callable[[], None]) -> None:
+        """Print something else in between."""
+
+
+class JsonLines:
+    """One JSON object per line on stderr, so that stdout holds the result alone."""
+
+    def update(self, update: Update) -> None:
+        """Print the update as it is."""
+        print(json.dumps({"time": round(time.time(), 3), **asdict(update)}), file=sys.stderr, flush=True)  # noqa: T201
+
+    def say(self, show: Callable[[], None]) -> None:
+        """Keep quiet."""
+
+
+class PlainLines:
+    """One line per change of status and per finished epoch."""
+
+    def update(self, update: Update) -> None:
+        """Print status changes and epochs; single steps would drown a log."""
+        if update.step and "train/epoch_loss" not in update.metrics:
+            return
+        numbers = " ".join(f"{name}={value:.3f}" for name, value in update.metrics.items())
+        steps = f" step {update.step}/{update.num_steps}" if update.num_steps else ""
+        print(f"{update.task}: {update.status}{steps} {numbers} {update.message}".rstrip(), flush=True)  # noqa: T201
+
+    def say(self, show: Callable[[], None]) -> None:
+        """Print it."""
+        show()
+
+
+class LiveTable:
+    """One row per task with status, bar, loss, select result and time left."""
+
+    def __init__(self, tasks: Sequence[str], live: Live) -> None:
+        self._live = live
+        self._rows: dict[str, Update] = {task: Update(task, "waiting") for task in tasks}
+        self._numbers: dict[str, dict[str, float]] = {task: {} for task in tasks}
+        self._started: dict[str, tuple[float, int]] = {}
+
+    def update(self, update: Update) -> None:
+        """Show the newest state of the update's task."""
+        before = self._rows.get(update.task, update)
+        if update.num_steps:
+            self._started.setdefault(update.task, (time.monotonic(), update.step))
+        else:
+            update = Update(update.task, update.status, before.step, before.num_steps, update.metrics, update.message)
+        self._numbers.setdefault(update.task, {}).update(update.metrics)
+        self._rows[update.task] = update
+        self._live.update(self._table())
+
+    def say(self, show: Callable[[], None]) -> None:
+        """Print above the table."""
+        self._live.stop()
+        show()
+        self._live.start()
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, expand=False)
+        for heading in ("task", "status", "progress", "loss", "select", "left", ""):
+            table.add_column(heading, no_wrap=heading != "")
+        for task, row in self._rows.items():
+            numbers = self._numbers[task]
+            select = next((value for name, value in numbers.items() if name.startswith("select/") and name != "select/loss"), None)
+            table.add_row(
+                task,
+                row.status,
+                ProgressBar(total=max(row.num_steps, 1), completed=row.step, width=24),
+                f"{numbers['train/loss']:.3f}" if "train/loss" in numbers else "",
+                f"{select:.3f}" if select is not None else "",
+                self._time_left(row),
+                row.message[:60],
+            )
+        return table
+
+    def _time_left(self, row: Update) -> str:
+        began, first_step = self._started.get(row.task, (0.0, 0))
+        if row.status != "TRAINING" or row.step <= first_step:
+            return ""
+        seconds = (time.monotonic() - began) / (row.step - first_step) * (row.num_steps - row.step)
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def progress_of(tasks: Sequence[str], *, as_json: bool) -> Iterator[Progress]:
+    """Choose how to show progress by where the output goes."""
+    if as_json:
+        yield JsonLines()
+    elif not sys.stdout.isatty():
+        yield PlainLines()
+    else:
+        with Live(console=Console(), refresh_per_second=4) as live:
+            yield LiveTable(tasks, live)

@@ -1,0 +1,352 @@
+"""The cross-task report: one object, written as JSON and as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from orchestrator.judge import ALPHA, Verdict, VerdictKind, wilson
+
+if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
+    from orchestrator.evaluate import EvalReport
+
+State = Literal["judged", "unchanged", "verified", "failed"]
+
+SCHEMA_VERSION = 1
+MAX_FLIPS = 50
+"""Flips shown per task."""
+MAX_FLIPS_TOTAL = 2000
+"""Flips shown in one report, so that a report of 200 tasks still opens at once."""
+MAX_TEXT = 400
+"""Characters of an input or answer that are shown."""
+MIN_CLASS_EXAMPLES = 10
+"""Gate examples that a label needs before the loss of all of them is called a warning."""
+AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class TaskOutcome:
+    """What one submission found out about one task.
+
+    judged: a candidate was evaluated and got a verdict. unchanged: spec, data and base are as they were, nothing was
+    trained. verified: not part of this submission; its champion was bound again and passed its canaries.
+    failed: see error.
+    """
+
+    task: str
+    description: str
+    state: State
+    metric: str
+    minimum: float
+    margin: float
+    champion: str | None
+    """`task@version` that answers after this submission."""
+    candidate: str | None = None
+    """`task@version` on trial."""
+    reference: str | None = None
+    """What the candidate was compared with: the champion before, or `zero-shot` for a first version."""
+    verdict: Verdict | None = None
+    candidate_report: EvalReport | None = None
+    reference_report: EvalReport | None = None
+    baselines: tuple[EvalReport, ...] = ()
+    """zero-shot, majority and tf-idf on the same gate examples."""
+    error: str = ""
+
+
+class Outcome(StrEnum):
+    """What a whole submission came to, worst first; the worst task decides."""
+
+    ERROR = "ERROR"
+    BLOCK = "BLOCK"
+    HOLD = "HOLD"
+    CLEAR = "CLEAR"
+
+
+class Decision(StrEnum):
+    """What became of one task, worst first."""
+
+    FAILED = "failed"
+    REFUSED = "refused"
+    HELD_BACK = "held back"
+    UNPROVEN = "promoted, not proven"
+    PROMOTED = "promoted"
+    UNCHANGED = "unchanged"
+    VERIFIED = "verified"
+
+
+class SummaryRow(NamedTuple):
+    """One task as plain strings, for a terminal table."""
+
+    task: str
+    verdict: str
+    champion: str
+    candidate: str
+    difference: str
+    n: str
+    baselines: str
+    note: str
+
+
+_OUTCOME_OF = {
+    Decision.FAILED: Outcome.ERROR,
+    Decision.REFUSED: Outcome.BLOCK,
+    Decision.HELD_BACK: Outcome.HOLD,
+    Decision.UNPROVEN: Outcome.HOLD,
+}
+_NEXT_STEP = {
+    Outcome.ERROR: "What failed was not compared, so nothing is known about it: mend the error below and submit again.",
+    Outcome.BLOCK: "A refused version answers no requests. Read below which examples it lost, mend the examples, the "
+    "instruction or the labels, and submit again.",
+    Outcome.HOLD: "There are too few gate examples to tell better from worse; the reasons below say how many would do.",
+    Outcome.CLEAR: "Nothing to do.",
+}
+
+
+def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapping[str, str]) -> dict[str, Any]:
+    """Gather every number of a submission into one JSON-able object. Shares are fractions 0..1; worst tasks first."""
+    num_compared = sum(outcome.candidate_report is not None for outcome in outcomes)
+    max_flips = min(MAX_FLIPS, MAX_FLIPS_TOTAL // max(num_compared, 1))
+    order = list(Decision)
+    tasks = sorted((_task(outcome, max_flips) for outcome in outcomes), key=lambda task: order.index(task["decision"]))
+    outcome = _OUTCOME_OF.get(tasks[0]["decision"], Outcome.CLEAR) if tasks else Outcome.CLEAR
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "outcome": outcome,
+        "sentence": _sentence(tasks),
+        "next_step": _NEXT_STEP[outcome],
+        "created": created.isoformat(timespec="seconds"),
+        "facts": dict(facts),
+        "alpha": ALPHA,
+        "axis": _axis(tasks),
+        "tasks": tasks,
+    }
+
+
+def write_report(report: dict[str, Any], folder: Path) -> Path:
+    """Write report.json and report.html into the folder, each whole or not at all; return the HTML file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters.update(percent=_percent, points=_points, p_value=_p_value)
+    page = environment.get_template("report.html.jinja").render(report=report)
+    _write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return _write(folder / "report.html", page)
+
+
+def summary_rows(report: dict[str, Any]) -> list[SummaryRow]:
+    """Shorten a report to one row of plain strings per task, in the report's order."""
+    rows = []
+    for task in report["tasks"]:
+        verdict, before, candidate = task["verdict"], task["reference_result"], task["candidate_result"]
+        rows.append(
+            SummaryRow(
+                task=task["task"],
+                verdict=f"{task['decision']} ({verdict['kind']})" if verdict else task["decision"],
+                champion=f"{_percent(before['value'])} ({before['system']})" if before else task["champion"] or "none",
+                candidate=f"{_percent(candidate['value'])} ({candidate['system']})" if candidate else "",
+                difference=_points(verdict["difference"]) if verdict else "",
+                n=str(task["num_examples"]) if candidate else "",
+                baselines=", ".join(f"{base['system']} {_percent(base['value'])}" for base in task["baselines"]),
+                note=task["error"] or "; ".join([*(verdict["reasons"] if verdict else ()), *task["warnings"]]),
+            )
+        )
+    return rows
+
+
+def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
+    error = outcome.error or _problem(outcome)
+    candidate, reference, verdict = outcome.candidate_report, outcome.reference_report, outcome.verdict
+    if error:
+        candidate = reference = verdict = None
+    num_examples = len(candidate.answers) if candidate else 0
+    accuracy_difference = (verdict.num_wins - verdict.num_losses) / num_examples if verdict else None
+    flips = _flips(candidate, reference) if candidate and reference else []
+    task = {
+        "task": outcome.task,
+        "description": outcome.description,
+        "state": outcome.state,
+        "decision": _decision(outcome.state, verdict, error),
+        "error": error,
+        "metric": outcome.metric,
+        "minimum": outcome.minimum,
+        "margin": outcome.margin,
+        "champion": outcome.champion,
+        "candidate": outcome.candidate,
+        "reference": outcome.reference,
+        "is_first_version": outcome.reference == "zero-shot",
+        "verdict": {**asdict(verdict), "accuracy_difference": accuracy_difference} if verdict else None,
+        "num_examples": num_examples,
+        "gate_fingerprint": candidate.gate_fingerprint if candidate else "",
+        "candidate_result": _result(candidate, outcome.metric) if candidate else None,
+        "reference_result": _result(reference, outcome.metric) if reference else None,
+        "baselines": [_result(report, outcome.metric) for report in outcome.baselines] if candidate else [],
+        "labels": _labels(candidate, reference) if candidate and reference else [],
+        "flips": flips[:max_flips],
+        "num_flips_hidden": max(len(flips) - max_flips, 0),
+    }
+    return {**task, "warnings": _warnings(task) if candidate else []}
+
+
+def _problem(outcome: TaskOutcome) -> str:
+    """Say why the comparison is not valid; an invalid comparison never passes."""
+    if outcome.state == "failed":
+        return "failed without a message; see the log"
+    candidate, reference, verdict = outcome.candidate_report, outcome.reference_report, outcome.verdict
+    if (verdict or outcome.state == "judged") and not (candidate and reference and verdict):
+        return "judged, but its verdict or an eval report is missing"
+    reports = [report for report in (candidate, reference, *outcome.baselines) if report]
+    gates = {(report.gate_fingerprint, *(graded.id for graded in report.answers)) for report in reports}
+    if len(gates) > 1:
+        return "the compared systems were not measured on the same gate examples, so nothing can be said"
+    if reports and not reports[0].answers:
+        return "there are no gate examples, so nothing can be said"
+    if candidate and reference and verdict:
+        pairs = Counter(zip(candidate.correct, reference.correct, strict=True))
+        if (pairs[False, True], pairs[True, False]) != (verdict.num_losses, verdict.num_wins):
+            return "the verdict does not belong to these answers: it counted other losses and wins"
+    return ""
+
+
+def _decision(state: State, verdict: Verdict | None, error: str) -> Decision:
+    if error:
+        return Decision.FAILED
+    if verdict and not verdict.is_promoted:
+        return Decision.REFUSED if verdict.kind is VerdictKind.REGRESSED else Decision.HELD_BACK
+    if verdict and state == "judged":
+        return Decision.UNPROVEN if verdict.kind is VerdictKind.INCONCLUSIVE else Decision.PROMOTED
+    return Decision.VERIFIED if state == "verified" else Decision.UNCHANGED
+
+
+def _result(report: EvalReport, metric: str) -> dict[str, Any]:
+    num_correct = sum(report.correct)
+    return {
+        "system": report.system,
+        "digest": report.digest,
+        "value": report.value(metric),
+        "num_correct": num_correct,
+        "accuracy": num_correct / len(report.answers),
+        "accuracy_interval": list(wilson(num_correct, len(report.answers))),
+    }
+
+
+def _flips(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
+    """List the examples that only one side gets right: losses first, in each kind the surest candidate answer first."""
+    pairs = [
+        (new, old)
+        for new, old in zip(candidate.answers, reference.answers, strict=True)
+        if (new.answer == new.gold) != (old.answer == old.gold)
+    ]
+    pairs.sort(key=lambda pair: (pair[0].answer == pair[0].gold, -pair[0].probability))
+    return [
+        {
+            "id": new.id,
+            "kind": "win" if new.answer == new.gold else "loss",
+            "text": _cut(new.text),
+            "gold": _cut(new.gold),
+            "reference_answer": _cut(old.answer),
+            "reference_probability": old.probability,
+            "candidate_answer": _cut(new.answer),
+            "candidate_probability": new.probability,
+        }
+        for new, old in pairs
+    ]
+
+
+def _labels(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
+    """Per label, worst first: its gate examples, how many each side gets right, what the candidate takes them for."""
+    gold = Counter(graded.gold for graded in candidate.answers)
+    right, before = (Counter(g.gold for g in side.answers if g.answer == g.gold) for side in (candidate, reference))
+    wrong = Counter((graded.gold, graded.answer) for graded in candidate.answers if graded.answer != graded.gold)
+    rows = [
+        {
+            "label": label,
+            "num_examples": gold[label],
+            "num_correct": right[label],
+            "reference_num_correct": before[label],
+            "recall": right[label] / gold[label] if gold[label] else None,
+            "reference_recall": before[label] / gold[label] if gold[label] else None,
+            "mistaken_for": [
+                {"answer": answer, "count": count} for (name, answer), count in wrong.most_common() if name == label
+            ][:3],
+        }
+        for label in candidate.labels
+    ]
+    return sorted(rows, key=lambda row: (row["num_correct"] - row["reference_num_correct"], row["recall"] or 0.0))
+
+
+def _warnings(task: dict[str, Any]) -> list[str]:
+    """Name what the verdict does not look at: a baseline that does better, a label that is never right any more."""
+    value = task["candidate_result"]["value"]
+    others = [base for base in task["baselines"] if base["value"] > value and base["system"] != task["reference"]]
+    return [f"{base['system']} is better: {_percent(base['value'])} against {_percent(value)}" for base in others] + [
+        f"none of the {row['num_examples']} `{row['label']}` examples is right any more"
+        for row in task["labels"]
+        if row["num_examples"] >= MIN_CLASS_EXAMPLES and row["reference_num_correct"] and not row["num_correct"]
+    ]
+
+
+def _sentence(tasks: Sequence[dict[str, Any]]) -> str:
+    """Say in one plain sentence what happened and what answers now."""
+    names: dict[str, list[str]] = {}
+    for task in reversed(tasks):
+        is_regressed = task["decision"] == Decision.REFUSED and not task["is_first_version"]
+        word = "regressed" if is_regressed else task["decision"].replace(",", " but")
+        names.setdefault(word, []).insert(0, task["task"])
+    quiet = (Decision.PROMOTED, Decision.UNCHANGED, Decision.VERIFIED)
+    parts = [f"{len(found)} {word}{'' if word in quiet else f' ({_listed(found)})'}" for word, found in names.items()]
+    sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
+    behind = [task for task in tasks if task["decision"] in (Decision.FAILED, Decision.REFUSED, Decision.HELD_BACK)]
+    kept = [task["champion"] for task in behind if task["champion"]]
+    silent = [task["task"] for task in behind if not task["champion"]]
+    if kept:
+        sentence += f"; {_listed(kept)} still {'answers' if len(kept) == 1 else 'answer'}"
+    if silent:
+        sentence += f"; nothing answers for {_listed(silent)} yet"
+    return sentence + "."
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = list(names) if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _axis(tasks: Sequence[dict[str, Any]]) -> float:
+    """Choose the half-width of the difference axis; a first version's leap over zero-shot must not squeeze the rest."""
+    judged = [task for task in tasks if task["verdict"]]
+    shown = [task for task in judged if not task["is_first_version"]] or judged
+    reach = max((abs(edge) for task in shown for edge in (*task["verdict"]["interval"], task["margin"])), default=0.0)
+    return next(step for step in AXIS_STEPS if step >= min(reach, 1.0))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _points(value: float) -> str:
+    """Format a difference of two shares in points, with its sign; what rounds to zero has none."""
+    return f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write through a temporary neighbour; a lone surrogate from a data file must not cost the report."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_bytes(text.encode("utf-8", errors="replace"))
+    return draft.replace(path)

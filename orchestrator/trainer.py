@@ -1,0 +1,381 @@
+"""Train several adapters in one forward and backward over one frozen base, each exactly as it would train alone.
+
+Rows are independent over a frozen base, so an adapter's gradient in a mixed batch is its solo gradient. Loss, clipping,
+learning rate, early stop and checkpoints are per adapter. An adapter that ends frees its slot for the next one. Every
+adapter has a checkpoint file of its own, so a group may be cut short, split or mixed anew and each continues where it was.
+Knows no Ray and no MLflow: it reports plain events to a callback.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
+from multilora.base_model import FrozenBase
+from multilora.errors import AdapterError, DataError
+from multilora.lora import AdapterSlots, match_modules
+from multilora.prompt import PromptFormat, encode_prompt
+from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_labels, score_labels
+from multilora.segments import length_batches
+from multilora.spec import TaskSpec, spec_hash
+from orchestrator.batching import batch_indices, dropout_key, num_steps_per_epoch
+from orchestrator.dataset import Example
+from orchestrator.metrics import METRICS
+
+MAX_GRAD_NORM = 1.0
+NUM_CANARIES = 4
+MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+OVERHEAD_TOKENS = {"cpu": 64, "cuda": 8192}
+"""What one forward and backward costs beside its tokens, in tokens."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter to train: plain values, so that it can travel to a worker."""
+
+    spec: TaskSpec
+    run_key: str
+    train: tuple[Example, ...]
+    select: tuple[Example, ...]
+    data_fingerprint: str
+    adapter_dir: str
+    checkpoint_file: str
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What happened to one adapter; `kind` is started, progress, epoch, finished or failed."""
+
+    kind: str
+    task: str
+    run_key: str
+    step: int
+    num_steps: int
+    unix_ms: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass
+class AdapterRun:
+    """The training state of one adapter."""
+
+    member: Member
+    slot: int
+    prompt_format: PromptFormat
+    labels: LabelSet
+    module_names: list[str]
+    optimizer: torch.optim.AdamW
+    train_ids: list[tuple[int, ...]]
+    train_gold: list[int]
+    select_ids: list[tuple[int, ...]]
+    step: int = 0
+    best_epoch: int = 0
+    best_result: tuple[float, float] = (-math.inf, -math.inf)
+    best_P: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return num_steps_per_epoch(len(self.train_ids), self.member.spec.train.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.steps_per_epoch * self.member.spec.train.epochs
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """One optimiser step of a group: rows of all active adapters, each row with its share of its adapter's mean loss."""
+
+    rows: list[ScoringRow]
+    gold: list[int]
+    weights: list[float]
+    runs: list[AdapterRun]
+
+
+class GroupTrainer:
+    """Trains the members of one group over one base: forward_backward, optim_step, save_state, load_state, export_adapter."""
+
+    def __init__(
+        self, base: FrozenBase, members: Sequence[Member], num_slots: int, on_event: Callable[[TrainEvent], None]
+    ) -> None:
+        """Wrap the base for training. Raises AdapterError where a member's target modules match nothing."""
+        self.base = base
+        self._on_event = on_event
+        self._modules_of = {m.run_key: match_modules(base.model, m.spec.lora.target_modules) for m in members}
+        wanted = {name for names in self._modules_of.values() for name in names}
+        ordered = [name for name in match_modules(base.model, "all-linear") if name in wanted]
+        max_rank = max(member.spec.lora.rank for member in members)
+        self.num_slots = min(num_slots, len(members))
+        self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
+        self._waiting = list(members)
+        self._active: list[AdapterRun] = []
+
+    def train(self, should_stop: Callable[[], bool], checkpoint_every_s: float) -> bool:
+        """Train all members to their end; False when stopped early, with every state saved."""
+        saved_at = time.monotonic()
+        while self._admit():
+            if should_stop():
+                self.save_states()
+                return False
+            batch = self.next_batch()
+            losses = self.forward_backward(batch)
+            self.optim_step(losses)
+            for run in list(self._active):
+                if run.step % run.steps_per_epoch == 0:
+                    self._end_epoch(run)
+            if time.monotonic() - saved_at > checkpoint_every_s:
+                self.save_states()
+                saved_at = time.monotonic()
+        return True
+
+    def next_batch(self) -> GroupBatch:
+        """Take the next batch of every active adapter."""
+        batch = GroupBatch([], [], [], list(self._active))
+        for run in self._active:
+            settings = run.member.spec.train
+            indices = batch_indices(len(run.train_ids), settings.batch_size, settings.seed, run.step)
+            for position, index in enumerate(indices):
+                key = dropout_key(settings.seed, run.step, position) if run.member.spec.lora.dropout else 0
+                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.labels, key))
+                batch.gold.append(run.train_gold[index])
+                batch.weights.append(1.0 / len(indices))
+        return batch
+
+    def forward_backward(self, batch: GroupBatch) -> dict[int, float]:
+        """Add the batch's gradients to the slots; returns each slot's mean loss.
+
+        Rows of like length share a micro-batch, whichever adapters they belong to, so little is spent on padding.
+        """
+        assert self.slots.flat_grad_SP is not None
+        self.slots.flat_grad_SP.zero_()
+        losses = {run.slot: 0.0 for run in batch.runs}
+        device = self.base.device
+        lengths = [len(row.token_ids) for row in batch.rows]
+        for micro in length_batches(lengths, MAX_BATCH_TOKENS[device.type], OVERHEAD_TOKENS[device.type]):
+            rows = [batch.rows[i] for i in micro]
+            losses_B = answer_losses(self.base, self.slots, rows, [batch.gold[i] for i in micro])
+            weighted_B = losses_B * torch.tensor([batch.weights[i] for i in micro], device=device)
+            weighted_B.sum().backward()  # type: ignore[no-untyped-call]
+            for row, loss in zip(rows, weighted_B.tolist(), strict=True):
+                assert row.slot is not None
+                losses[row.slot] += loss
+        return losses
+
+    def optim_step(self, losses: dict[int, float]) -> None:
+        """Clip, step and count every active adapter by itself; one whose loss is not finite ends as failed."""
+        for run in list(self._active):
+            if not math.isfinite(losses[run.slot]):
+                self._fail(run, "loss is not finite; lower train.learning_rate, or use base.dtype float32")
+                continue
+            parameter = run.optimizer.param_groups[0]["params"][0]
+            torch.nn.utils.clip_grad_norm_([parameter], MAX_GRAD_NORM)
+            run.optimizer.param_groups[0]["lr"] = run.member.spec.train.learning_rate * (1 - run.step / run.num_steps)
+            run.optimizer.step()
+            run.step += 1
+            run.losses.append(losses[run.slot])
+            metrics = {"train/loss": losses[run.slot], "train/learning_rate": run.optimizer.param_groups[0]["lr"]}
+            self._emit(run, "progress", metrics)
+
+    def save_states(self) -> None:
+        """Write every active adapter's checkpoint."""
+        for run in self._active:
+            self.save_state(run)
+
+    def save_state(self, run: AdapterRun) -> None:
+        """Write one adapter's weights, optimiser and position into one file, atomically.
+
+        Tensors are stored by module, not in this group's layout, so that any later group can take the adapter up.
+        """
+        parameter = run.optimizer.param_groups[0]["params"][0]
+        state = run.optimizer.state[parameter]
+        vectors = {"weights": parameter}
+        if state:
+            vectors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        if run.best_P is not None:
+            vectors["best"] = run.best_P
+        tensors = {
+            f"{part}/{name}/{half}": tensor
+            for part, vector_P in vectors.items()
+            for name, pair in self.slots.split(run.slot, vector_P).items()
+            for half, tensor in zip("AB", pair, strict=True)
+        }
+        facts = {"step": run.step, "best_epoch": run.best_epoch, "best_result": run.best_result, "losses": run.losses}
+        file = Path(run.member.checkpoint_file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_suffix(f".{os.getpid()}")
+        save_file(tensors, staging, metadata={"facts": json.dumps(facts)})
+        staging.replace(file)
+
+    def load_state(self, run: AdapterRun) -> None:
+        """Continue from the adapter's checkpoint where there is one."""
+        file = Path(run.member.checkpoint_file)
+        if not file.is_file():
+            return
+        with safe_open(file, framework="pt") as stream:
+            facts = json.loads(stream.metadata()["facts"])
+            parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+            for key in stream.keys():  # noqa: SIM118  safe_open is no mapping
+                part, name, half = key.split("/")
+                if half == "A":
+                    parts.setdefault(part, {})[name] = (stream.get_tensor(key), stream.get_tensor(f"{part}/{name}/B"))
+        vectors = {part: self.slots.join(run.slot, tensors) for part, tensors in parts.items()}
+        parameter = run.optimizer.param_groups[0]["params"][0]
+        with torch.no_grad():
+            parameter.copy_(vectors["weights"])
+        if "exp_avg" in vectors:
+            step = torch.tensor(float(facts["step"]))
+            moments = {name: vectors[name] for name in ("exp_avg", "exp_avg_sq")}
+            run.optimizer.state[parameter] = {"step": step, **moments}
+        run.step, run.best_epoch, run.losses = facts["step"], facts["best_epoch"], facts["losses"]
+        run.best_result = (facts["best_result"][0], facts["best_result"][1])
+        run.best_P = vectors.get("best")
+
+    def export_adapter(self, run: AdapterRun) -> AdapterArtifact:
+        """Write the best epoch's adapter with its card and canaries."""
+        spec = run.member.spec
+        if run.best_P is not None:
+            with torch.no_grad():
+                self.slots.flat_SP[run.slot] = run.best_P
+        chosen = range(0, len(run.select_ids), max(1, len(run.select_ids) // NUM_CANARIES))[:NUM_CANARIES]
+        scores = self._score(run, [run.select_ids[i] for i in chosen])
+        canaries = [
+            Canary(columns=run.member.select[i].columns, scores=score.tolist()) for i, score in zip(chosen, scores, strict=True)
+        ]
+        card = TaskCard(
+            format_version=FORMAT_VERSION,
+            task=spec.name,
+            description=spec.description,
+            base=spec.base,
+            base_fingerprint=self.base.files.fingerprint,
+            scorer_version=SCORER_VERSION,
+            rank=spec.lora.rank,
+            scaling=spec.lora.alpha / spec.lora.rank,
+            num_modules=len(run.module_names),
+            canaries=canaries,
+            spec_hash=spec_hash(spec),
+            data_fingerprint=run.member.data_fingerprint,
+            **card_fields(run.prompt_format),
+        )
+        return write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot))
+
+    def _admit(self) -> bool:
+        """Give free slots to waiting members; False when nothing is left to train."""
+        while self._waiting and len(self._active) < self.num_slots:
+            member = self._waiting.pop(0)
+            if self._report_if_trained(member):
+                continue
+            slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
+            try:
+                run = self._start(member, slot)
+            except (DataError, AdapterError) as error:
+                self.slots.clear(slot)
+                self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, _now_ms(), message=str(error)))
+                continue
+            self._active.append(run)
+            self._active.sort(key=lambda active: active.slot)
+            self._emit(run, "started", {})
+        return bool(self._active)
+
+    def _report_if_trained(self, member: Member) -> bool:
+        """A worker that died after this adapter was written starts again with it in the list; it must not train twice."""
+        try:
+            artifact = read_artifact(Path(member.adapter_dir))
+        except AdapterError:
+            return False
+        self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, _now_ms(), message=artifact.digest))
+        return True
+
+    def _start(self, member: Member, slot: int) -> AdapterRun:
+        spec = member.spec
+        prompt_format = PromptFormat.of(spec, self.base.family)
+        labels = encode_labels(self.base, self.slots, prompt_format)
+        train_ids, select_ids = (
+            [encode_prompt(prompt_format, example.columns, self.base.tokenizer).token_ids for example in examples]
+            for examples in (member.train, member.select)
+        )
+        modules = self._modules_of[member.run_key]
+        generator = torch.Generator().manual_seed(spec.train.seed)
+        self.slots.fresh(slot, modules, spec.lora.rank, spec.lora.alpha / spec.lora.rank, generator)
+        self.slots.dropouts[slot] = spec.lora.dropout
+        run = AdapterRun(
+            member=member,
+            slot=slot,
+            prompt_format=prompt_format,
+            labels=labels,
+            module_names=modules,
+            optimizer=torch.optim.AdamW([self.slots.parameter(slot)], lr=spec.train.learning_rate, weight_decay=0.0),
+            train_ids=train_ids,
+            train_gold=[labels.names.index(example.label) for example in member.train],
+            select_ids=select_ids,
+        )
+        self.load_state(run)
+        return run
+
+    def _end_epoch(self, run: AdapterRun) -> None:
+        epoch = run.step // run.steps_per_epoch
+        scores = self._score(run, run.select_ids)
+        gold = [run.labels.names.index(example.label) for example in run.member.select]
+        answers = [run.labels.names[int(score.argmax())] for score in scores]
+        select_loss = -sum(float(s.log_softmax(-1)[g]) for s, g in zip(scores, gold, strict=True)) / len(gold)
+        metric = run.member.spec.gate.metric
+        value = METRICS[metric]([example.label for example in run.member.select], answers)
+        # The loss breaks the many ties that a small select split has.
+        if (value, -select_loss) > run.best_result:
+            run.best_result, run.best_epoch = (value, -select_loss), epoch
+            run.best_P = self.slots.flat_SP[run.slot].clone()
+        train_loss = sum(run.losses) / max(1, len(run.losses))
+        run.losses.clear()
+        self._emit(run, "epoch", {f"select/{metric}": value, "select/loss": select_loss, "train/epoch_loss": train_loss})
+        patience = run.member.spec.train.early_stopping
+        if run.step >= run.num_steps or (patience and epoch - run.best_epoch >= patience):
+            self._finish(run)
+
+    def _finish(self, run: AdapterRun) -> None:
+        artifact = self.export_adapter(run)
+        self._release(run)
+        metrics = {"select/best": run.best_result[0], "train/best_epoch": float(run.best_epoch)}
+        self._emit(run, "finished", metrics, artifact.digest)
+        Path(run.member.checkpoint_file).unlink(missing_ok=True)
+
+    def _fail(self, run: AdapterRun, reason: str) -> None:
+        self._release(run)
+        self._emit(run, "failed", {}, reason)
+
+    def _release(self, run: AdapterRun) -> None:
+        self._active.remove(run)
+        self.slots.clear(run.slot)
+
+    def _score(self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
+        device = self.base.device.type
+        num_label_tokens = sum(map(len, run.labels.token_ids))
+        lengths = [len(ids) + num_label_tokens for ids in token_rows]
+        with torch.no_grad():
+            for batch in length_batches(lengths, MAX_BATCH_TOKENS[device], OVERHEAD_TOKENS[device]):
+                rows = [ScoringRow(token_rows[i], run.slot, run.labels) for i in batch]
+                for index, score in zip(batch, score_labels(self.base, self.slots, rows), strict=True):
+                    scores[index] = score.cpu()
+        return scores
+
+    def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
+        name, key = run.member.spec.name, run.member.run_key
+        self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, _now_ms(), metrics, message))
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

@@ -1,0 +1,1 @@
+"""Answer for every task from one shared base model."""

@@ -1,0 +1,124 @@
+"""HTTP routes, the error table, and the Ray Serve deployment whose replicas are themselves the HTTP ingress (one hop)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray import serve as ray_serve
+
+from multilora.errors import (
+    AdapterError,
+    CapacityError,
+    DataError,
+    MultiLoraError,
+    RegistryError,
+    RequestError,
+    UnknownTaskError,
+)
+from multilora.log import setup_logging
+from serve.config import ServeConfig
+from serve.engine import Answer
+from serve.replica import Replica
+from serve.schema import ClassifyRequest, ClassifyResponse, ClassifyResult, ErrorBody, ErrorDetail, ModelInfo, ModelList
+
+STATUS_OF: dict[type[MultiLoraError], int] = {
+    UnknownTaskError: 404,
+    RequestError: 422,
+    DataError: 422,
+    CapacityError: 429,
+    AdapterError: 503,
+    RegistryError: 503,
+}
+APP_NAME = "adapters"
+
+
+def build_app(replica: Replica) -> FastAPI:
+    """Make the HTTP application of one replica."""
+    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
+
+    @app.post("/v1/classify", responses={code: {"model": ErrorBody} for code in (404, 422, 429, 503)})
+    async def classify(body: ClassifyRequest) -> ClassifyResponse:
+        """Answer one or many inputs of a task with one of its labels."""
+        items = body.input if isinstance(body.input, list) else [body.input]
+        version, answers = await replica.classify(body.model, items)
+        results = [_result(answer) for answer in answers]
+        return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
+
+    @app.get("/v1/models")
+    async def models() -> ModelList:
+        """List the tasks that answer, and champions that could not be bound."""
+        rows = [
+            ModelInfo(
+                id=version.task,
+                version=version.version,
+                digest=version.digest,
+                labels=list(bound.labels.names),
+                columns=list(bound.prompt_format.columns),
+                base=bound.artifact.card.base.model,
+                is_resident=is_resident,
+            )
+            for version, bound, is_resident in replica.served()
+        ]
+        return ModelList(data=rows, broken=dict(replica.broken))
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """Say that the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Say whether the champions are bound, canaries included."""
+        return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
+
+    @app.exception_handler(MultiLoraError)
+    async def known(request: Request, error: MultiLoraError) -> JSONResponse:
+        status = next((code for kind, code in STATUS_OF.items() if isinstance(error, kind)), 500)
+        headers = {"Retry-After": "1"} if status == 429 else None
+        return JSONResponse(_error_body(str(error), type(error).__name__), status_code=status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()[:5])
+        return JSONResponse(_error_body(found, "RequestError"), status_code=422)
+
+    return app
+
+
+@ray_serve.deployment(name="engine", max_ongoing_requests=1000)
+@ray_serve.ingress()
+class EngineReplica:
+    """The deployment: builds the replica's parts and forwards to them."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        setup_logging("INFO")
+        self._replica = Replica(config)
+        self._following: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  the name that Ray Serve calls
+        self._following = asyncio.get_running_loop().create_task(self._replica.follow())
+        return build_app(self._replica)
+
+    async def check_health(self) -> None:
+        """Let Ray replace a replica whose follower died."""
+        if self._following is not None and self._following.done():
+            raise RuntimeError("the registry follower ended")
+
+
+def serve_application(config: ServeConfig, num_replicas: int, num_cpus: float, num_gpus: float) -> Any:
+    """Bind the deployment to its settings, ready for `ray.serve.run`."""
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    return EngineReplica.options(num_replicas=num_replicas, ray_actor_options=options).bind(config)
+
+
+def _result(answer: Answer) -> ClassifyResult:
+    probabilities = dict(zip(answer.labels, answer.probabilities, strict=True))
+    return ClassifyResult(label=answer.label, probabilities=probabilities, is_truncated=answer.is_truncated)
+
+
+def _error_body(message: str, kind: str) -> dict[str, Any]:
+    return ErrorBody(error=ErrorDetail(message=message, type=kind)).model_dump()

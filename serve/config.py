@@ -1,0 +1,30 @@
+"""Settings of the endpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from multilora.spec import Part
+
+
+class ServeConfig(Part):
+    """Settings of one replica; plain values, so that Ray can carry them."""
+
+    tracking_uri: str
+    """Absolute MLflow URI whose champion aliases the replica follows."""
+    downloads_dir: Path
+    """Folder for adapter versions fetched from the registry."""
+    num_slots: int = Field(default=16, ge=1)
+    """Adapters resident on the device at once, per base."""
+    max_rank: int = Field(default=16, ge=1, le=256)
+    """Largest adapter rank that can be bound."""
+    max_batch_tokens: int = Field(default=4096, ge=64)
+    """Most padded tokens in one forward pass."""
+    max_queue_inputs: int = Field(default=2048, ge=1)
+    """Inputs that may wait; more are answered with 429."""
+    max_inputs_per_request: int = Field(default=256, ge=1)
+    """Inputs in one request."""
+    poll_s: float = Field(default=1.0, gt=0)
+    """Seconds between looks at the registry for new champions."""

@@ -1,0 +1,204 @@
+"""Score mixed batches for many tasks over one base: schedule -> forward -> answer. Knows no Ray and no HTTP.
+
+Fail closed: an adapter is bound only when its base fingerprint matches, every tensor found its module, and its canary
+prompts score as they did after training and differently from the base. A key that is not bound is never answered.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multilora.artifact import AdapterArtifact, read_tensors
+from multilora.base_model import FrozenBase
+from multilora.errors import AdapterError, UnknownTaskError
+from multilora.lora import AdapterSlots, match_modules
+from multilora.prompt import Prompt, PromptFormat, encode_prompt
+from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_labels, score_labels
+from multilora.segments import length_batches
+from serve.slots import SlotTable
+
+OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
+"""What one forward pass costs beside its tokens, in tokens."""
+CANARY_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
+"""Largest score difference between training and serving that rounding explains."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tokenised request for one adapter key."""
+
+    key: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request; scores and probabilities in label order."""
+
+    label: str
+    labels: tuple[str, ...]
+    scores: tuple[float, ...]
+    is_truncated: bool
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Softmax of the scores."""
+        top = max(self.scores)
+        weights = [math.exp(score - top) for score in self.scores]
+        return tuple(weight / sum(weights) for weight in weights)
+
+
+@dataclass(frozen=True)
+class BoundAdapter:
+    """An adapter that passed every check; its tensors stay in host memory when its slot is taken."""
+
+    key: str
+    artifact: AdapterArtifact
+    prompt_format: PromptFormat
+    labels: LabelSet
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Engine:
+    """One base, its slots, and the adapters bound to them. Thread-safe: one forward pass at a time."""
+
+    def __init__(self, base: FrozenBase, num_slots: int, max_rank: int, max_batch_tokens: int = 4096) -> None:
+        self.base = base
+        self._max_batch_tokens = max_batch_tokens
+        self._slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), num_slots, max_rank)
+        self._num_slots = num_slots
+        self._table = SlotTable(num_slots)
+        self._bound: dict[str, BoundAdapter] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def residents(self) -> dict[str, int]:
+        """Adapters in slots now."""
+        return self._table.residents
+
+    def bind(self, artifact: AdapterArtifact, version: int) -> str:
+        """Check an adapter and make it answerable under the key it returns. Raises AdapterError, binding nothing."""
+        card = artifact.card
+        key = f"{card.task}@{version}"
+        if card.base_fingerprint != self.base.files.fingerprint:
+            raise AdapterError(
+                f"{key} was trained on base {card.base.model} with fingerprint {card.base_fingerprint[:12]}; "
+                f"this base has {self.base.files.fingerprint[:12]}"
+            )
+        if card.scorer_version != SCORER_VERSION:
+            raise AdapterError(f"{key} was trained for scorer version {card.scorer_version}, this is {SCORER_VERSION}: train it again")
+        tensors = read_tensors(artifact)
+        with self._lock, torch.no_grad():
+            labels = encode_labels(self.base, self._slots, card.prompt_format)
+            bound = BoundAdapter(key, artifact, card.prompt_format, labels, tensors)
+            slot = self._resident_slot(bound, pinned=())
+            try:
+                self._check_canaries(bound, slot)
+            except AdapterError:
+                self._table.release(key)
+                self._slots.clear(slot)
+                raise
+            self._bound[key] = bound
+        return key
+
+    def unbind(self, key: str) -> None:
+        """Forget an adapter: slot, host copy and name."""
+        with self._lock:
+            self._bound.pop(key, None)
+            slot = self._table.release(key)
+            if slot is not None:
+                self._slots.clear(slot)
+
+    def prompt(self, key: str, item: str | Mapping[str, str]) -> Prompt:
+        """Tokenise a request item as the adapter's training did. Raises UnknownTaskError, RequestError, DataError."""
+        prompt_format = self.bound(key).prompt_format
+        return encode_prompt(prompt_format, prompt_format.columns_of(item), self.base.tokenizer)
+
+    def classify(self, works: Sequence[Work]) -> list[Answer]:
+        """Answer requests of any mix of adapters, in order. Raises UnknownTaskError for a key that is not bound."""
+        bounds = [self.bound(work.key) for work in works]
+        keys = list(dict.fromkeys(bound.key for bound in bounds))
+        answers: dict[int, Answer] = {}
+        with self._lock, torch.inference_mode():
+            for first in range(0, len(keys), self._num_slots):
+                wave = keys[first : first + self._num_slots]
+                slot_of = {key: self._resident_slot(self.bound(key), pinned=wave) for key in wave}
+                indices = [index for index, bound in enumerate(bounds) if bound.key in slot_of]
+                rows = [ScoringRow(works[i].prompt.token_ids, slot_of[bounds[i].key], bounds[i].labels) for i in indices]
+                for index, scores in zip(indices, self._scores(rows), strict=True):
+                    answers[index] = _answer(bounds[index].labels, scores, works[index].prompt)
+        return [answers[index] for index in range(len(works))]
+
+    def classify_zero_shot(self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]]) -> list[Answer]:
+        """Let the base itself answer a task, as the baseline that an adapter must beat."""
+        prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
+        with self._lock, torch.inference_mode():
+            labels = encode_labels(self.base, self._slots, prompt_format)
+            scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
+        return [_answer(labels, score, prompt) for score, prompt in zip(scores, prompts, strict=True)]
+
+    def bound(self, key: str) -> BoundAdapter:
+        """The adapter of a key. Raises UnknownTaskError."""
+        bound = self._bound.get(key)
+        if bound is None:
+            raise UnknownTaskError(f"{key} is not bound here; bound are {', '.join(sorted(self._bound)) or 'none'}")
+        return bound
+
+    def _resident_slot(self, bound: BoundAdapter, pinned: Sequence[str]) -> int:
+        placement = self._table.assign(bound.key, pinned)
+        if placement.must_load:
+            try:
+                self._slots.load(placement.slot, bound.tensors, bound.artifact.card.scaling)
+            except AdapterError as error:
+                self._table.release(bound.key)
+                raise AdapterError(f"{bound.key}: {error}") from error
+        return placement.slot
+
+    def _scores(self, rows: Sequence[ScoringRow]) -> list[list[float]]:
+        scores: list[list[float]] = [[]] * len(rows)
+        overhead = OVERHEAD_TOKENS[self.base.device.type]
+        for batch in length_batches([_num_tokens(row) for row in rows], self._max_batch_tokens, overhead):
+            for index, row_scores in zip(batch, score_labels(self.base, self._slots, [rows[i] for i in batch]), strict=True):
+                scores[index] = row_scores.tolist()
+        return scores
+
+    def _check_canaries(self, bound: BoundAdapter, slot: int) -> None:
+        card = bound.artifact.card
+        if self._slots.num_modules(slot) != card.num_modules:
+            raise AdapterError(f"{bound.key} changes {self._slots.num_modules(slot)} modules, its card says {card.num_modules}")
+        prompts = [encode_prompt(bound.prompt_format, canary.columns, self.base.tokenizer) for canary in card.canaries]
+        if not prompts:
+            raise AdapterError(f"{bound.key} has no canaries, so nothing proves that it was applied")
+        with torch.inference_mode():
+            adapted, plain = (
+                self._scores([ScoringRow(prompt.token_ids, which, bound.labels) for prompt in prompts]) for which in (slot, None)
+            )
+        tolerance = CANARY_TOLERANCE[card.base.dtype if card.base.quantization == "none" else "bfloat16"]
+        error = max(_distance(seen, canary.scores) for seen, canary in zip(adapted, card.canaries, strict=True))
+        if error > tolerance:
+            raise AdapterError(f"{bound.key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})")
+        if max(_distance(a, b) for a, b in zip(adapted, plain, strict=True)) <= 1e-6:
+            raise AdapterError(f"{bound.key}: canary scores equal the base's, so the adapter has no effect")
+
+
+def _num_tokens(row: ScoringRow) -> int:
+    # A generative base decodes every label; an encoder's label vectors cost nothing.
+    return len(row.token_ids) + sum(map(len, row.labels.token_ids))
+
+
+def _answer(labels: LabelSet, scores: Sequence[float], prompt: Prompt) -> Answer:
+    # index() takes the first of equal scores, so ties go to the label that the spec lists first.
+    return Answer(labels.names[scores.index(max(scores))], labels.names, tuple(scores), prompt.is_truncated)
+
+
+def _distance(first: Sequence[float], second: Sequence[float]) -> float:
+    if len(first) != len(second):
+        return math.inf
+    distances = [abs(a - b) for a, b in zip(first, second, strict=True)]
+    return math.inf if any(map(math.isnan, distances)) else max(distances)

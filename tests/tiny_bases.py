@@ -1,0 +1,141 @@
+"""Tiny seeded bases in transformers format: real architectures and tokenizers, random weights, a fraction of a second each.
+
+The random weights are large, so that different inputs and different adapters give clearly different scores.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+)
+
+TEXT_FOLDER = Path(__file__).parents[1] / "tasks" / "data"
+VOCAB_SIZE = 1000
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def build_t5(folder: Path) -> Path:
+    """Build an encoder-decoder of Flan-T5's kind (gated GELU, untied head) with a Unigram tokenizer."""
+    tokenizer = T5Tokenizer(vocab=_unigram_vocab(), extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return _save(folder, T5ForConditionalGeneration, config, tokenizer)
+
+
+def build_bert(folder: Path) -> Path:
+    """Build an encoder with a pooler and a lower-casing WordPiece tokenizer."""
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizers.BertNormalizer()
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    _train(trained, trainers.WordPieceTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False))
+    pieces = [*special, *sorted(set(trained.get_vocab()) - set(special))]
+    tokenizer = BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
+    config = BertConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id, **SIZES,
+    )  # fmt: skip
+    return _save(folder, BertModel, config, tokenizer)
+
+
+def build_llama(folder: Path) -> Path:
+    """Build a decoder with grouped-query attention whose tokenizer, like Llama 2's, has no padding token."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *bytes_]
+    _train(trained, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False))
+    vocab, merges = _bpe(trained)
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **SIZES,
+    )  # fmt: skip
+    return _save(folder, LlamaForCausalLM, config, tokenizer)
+
+
+def build_qwen2(folder: Path) -> Path:
+    """Build a decoder with biases in its projections and a byte-level tokenizer."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    _train(trained, trainer)
+    vocab, merges = _bpe(trained)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, **SIZES,
+    )  # fmt: skip
+    return _save(folder, Qwen2ForCausalLM, config, tokenizer)
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "seq2seq": build_t5,
+    "encoder": build_bert,
+    "causal": build_llama,
+    "qwen2": build_qwen2,
+}
+
+
+def _save(folder: Path, model_class: type[PreTrainedModel], config, tokenizer) -> Path:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _texts() -> list[str]:
+    lines = [line for file in sorted(TEXT_FOLDER.glob("*.jsonl")) for line in file.read_text("utf-8").splitlines()]
+    return [string.printable, *(json.loads(line)["text"] for line in lines)]
+
+
+def _train(tokenizer: Tokenizer, trainer: trainers.Trainer) -> None:
+    tokenizer.train_from_iterator(_texts(), trainer)
+
+
+def _unigram_vocab() -> list[tuple[str, float]]:
+    """Score the pieces of a trained BPE: few pieces first, frequent ones among equals.
+
+    The Unigram trainer itself gives other scores at every run (its threads add floats in any order).
+    """
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    special = ["<pad>", "</s>", "<unk>"]
+    _train(trained, trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False))
+    return [(piece, 0.0 if piece in special else -10 - index / 1000) for piece, index in _bpe(trained)[0].items()]
+
+
+def _bpe(tokenizer: Tokenizer) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = json.loads(tokenizer.to_str())["model"]
+    return _by_id(model["vocab"]), [(left, right) for left, right in model["merges"]]
+
+
+def _by_id(vocab: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(vocab.items(), key=lambda entry: entry[1]))
