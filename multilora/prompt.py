@@ -94,7 +94,8 @@ def encode_prompt(prompt_format: PromptFormat, columns: Mapping[str, str], token
                 "raise max_length or shorten them"
             )
         # Tokens at the cut may merge differently with what follows, so the loop measures again instead of trusting the count.
-        num_kept = max(0, len(spans[longest]) - max(1, len(token_ids) - limit))
+        num_shown = max(1, prompt_format.instruction.count(f"{{{longest}}}"))
+        num_kept = max(0, len(spans[longest]) - max(1, (len(token_ids) - limit) // num_shown))
         columns[longest] = columns[longest][: spans[longest][num_kept][0]]
         token_ids = tokenizer(prompt_format.render(columns))["input_ids"]
     return Prompt(tuple(token_ids), is_truncated)

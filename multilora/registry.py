@@ -123,7 +123,8 @@ class Registry:
 
         The version is also a pyfunc model (`models:/task@champion` predicts) whose code is `model_code`, no pickle.
         """
-        if found := self.version_of_run(run):
+        found = self.version_of_run(run)
+        if found and found.digest == digest:
             return found
         with _named_errors(self.tracking_uri):
             mlflow.set_tracking_uri(self.tracking_uri)
@@ -144,10 +145,10 @@ class Registry:
         return _version(version)
 
     def version_of_run(self, run: RunRecord) -> AdapterVersion | None:
-        """The version that a run registered, if it did."""
+        """The newest version that a run registered, if it did."""
         with _named_errors(self.tracking_uri):
             found = self._client.search_model_versions(f"name = '{run.task}' and run_id = '{run.run_id}'")
-        return _version(found[0]) if found else None
+        return max(map(_version, found), key=lambda version: version.version, default=None)
 
     def tag_version(self, version: AdapterVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version; the registry page shows them."""

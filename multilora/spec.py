@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -158,9 +159,9 @@ class TaskSpec(Part):
         if self.name in RESERVED_NAMES:
             raise ValueError(f"the name {self.name!r} has a meaning of its own in the API; choose another name")
         fields = template_fields(self.instruction)
-        if self.data.text not in fields:
+        if self.data.text not in self.columns:
             raise ValueError(f"the instruction never shows the input: put {{{self.data.text}}} into it, or set data.text")
-        if self.data.label in fields:
+        if self.data.label in self.columns:
             raise ValueError(f"the instruction shows the answer: take {{{self.data.label}}} out of it")
         if self.labels is None:
             if "labels" in fields:
@@ -251,18 +252,17 @@ class _SpecLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own attribute
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep)
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 def _add_yaml12_scalars() -> None:
-    import re
-
     patterns = {
         "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
         "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -271,6 +271,8 @@ def _add_yaml12_scalars() -> None:
     }
     for tag, (pattern, first) in patterns.items():
         _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
+    # PyYAML reads 010 as octal and stumbles over 08.
+    _SpecLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 _add_yaml12_scalars()
@@ -344,10 +346,10 @@ def _problem_of(where: str, detail: Any) -> Problem:
 
 
 def _without_union_noise(error: ValidationError) -> Sequence[Any]:
-    """Keep one error per field where pydantic reports every branch of a union."""
+    """Keep one error per field, the deepest, where pydantic reports every branch of a union."""
     details: dict[tuple[Any, ...], Any] = {}
     for detail in error.errors():
         loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource", "list[constrained-str]") and
                     not str(part).startswith(("literal[", "list[")))
         details.setdefault(loc, {**detail, "loc": loc})
-    return list(details.values())
+    return [details[loc] for loc in details if not any(loc == other[: len(loc)] for other in details if other != loc)]

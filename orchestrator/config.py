@@ -70,7 +70,7 @@ class OrchestratorConfig(Part):
 
     def adapter_dir(self, run_key: str) -> Path:
         """Where a run's finished adapter is written."""
-        return self.workspace / "adapters" / run_key
+        return self.workspace / "adapters" / run_key / "adapter"
 
     def checkpoint_file(self, run_key: str) -> Path:
         """Where a run's training state is kept while it trains."""

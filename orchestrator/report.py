@@ -102,6 +102,8 @@ _OUTCOME_OF = {
     Decision.HELD_BACK: Outcome.HOLD,
     Decision.UNPROVEN: Outcome.HOLD,
 }
+_SPOKEN_ORDER = (*list(Decision)[4:], *reversed(list(Decision)[:4]))
+"""Promoted, unchanged and verified tasks are counted first; the others follow with their names."""
 _NEXT_STEP = {
     Outcome.ERROR: "What failed was not compared, so nothing is known about it: mend the error below and submit again.",
     Outcome.BLOCK: "A refused version answers no requests. Read below which examples it lost, mend the examples, the "
@@ -118,7 +120,7 @@ def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapp
     order = list(Decision)
     tasks = sorted((_task(outcome, max_flips) for outcome in outcomes), key=lambda task: order.index(task["decision"]))
     outcome = _OUTCOME_OF.get(tasks[0]["decision"], Outcome.CLEAR) if tasks else Outcome.CLEAR
-    return {
+    report = {
         "schema_version": SCHEMA_VERSION,
         "outcome": outcome,
         "sentence": _sentence(tasks),
@@ -129,6 +131,8 @@ def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapp
         "axis": _axis(tasks),
         "tasks": tasks,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(report, allow_nan=False))
+    return plain
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
@@ -298,11 +302,11 @@ def _warnings(task: dict[str, Any]) -> list[str]:
 def _sentence(tasks: Sequence[dict[str, Any]]) -> str:
     """Say in one plain sentence what happened and what answers now."""
     names: dict[str, list[str]] = {}
-    for task in reversed(tasks):
+    for task in sorted(tasks, key=lambda task: _SPOKEN_ORDER.index(task["decision"])):
         is_regressed = task["decision"] == Decision.REFUSED and not task["is_first_version"]
         word = "regressed" if is_regressed else task["decision"].replace(",", " but")
-        names.setdefault(word, []).insert(0, task["task"])
-    quiet = (Decision.PROMOTED, Decision.UNCHANGED, Decision.VERIFIED)
+        names.setdefault(word, []).append(task["task"])
+    quiet = _SPOKEN_ORDER[:3]
     parts = [f"{len(found)} {word}{'' if word in quiet else f' ({_listed(found)})'}" for word, found in names.items()]
     sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
     behind = [task for task in tasks if task["decision"] in (Decision.FAILED, Decision.REFUSED, Decision.HELD_BACK)]
@@ -338,7 +342,7 @@ def _points(value: float) -> str:
 
 
 def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
 
 
 def _cut(text: str) -> str:
