@@ -136,10 +136,14 @@ def read_artifact(folder: Path, digest: str | None = None) -> AdapterArtifact:
     except (ValidationError, UnicodeDecodeError) as error:
         raise AdapterError(f"{CARD} of adapter folder {folder.name} is broken: {error}") from error
     if card.format_version != FORMAT_VERSION:
-        raise AdapterError(f"adapter of task {card.task} has card format {card.format_version}, this version reads {FORMAT_VERSION}")
+        raise AdapterError(
+            f"adapter of task {card.task} has card format {card.format_version}, this version reads {FORMAT_VERSION}"
+        )
     seen = _digest(folder)
     if digest is not None and seen != digest:
-        raise AdapterError(f"adapter of task {card.task} has digest {seen[:12]}, its registry entry says {digest[:12]}: files changed")
+        raise AdapterError(
+            f"adapter of task {card.task} has digest {seen[:12]}, its registry entry says {digest[:12]}: files changed"
+        )
     return AdapterArtifact(folder, card, seen)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from multilora.errors import Problem, SpecError
 from multilora.spec import BaseSpec
@@ -21,6 +22,7 @@ Family = Literal["seq2seq", "causal", "encoder"]
 
 HUB_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
                 "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model"]  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 DECISIVE = re.compile(r"(config\.json|.*\.safetensors|tokenizer\.json|tokenizer_config\.json|spiece\.model|vocab\..*)$")
 
 
@@ -59,17 +61,21 @@ def find_base(spec: BaseSpec) -> BaseFiles:
     folder = _locate(spec)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no mapping")
     except (OSError, ValueError) as error:
         raise _problem(spec, f"config.json of the base cannot be read: {error}", "name a model in transformers format") from error
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise _problem(spec, "has no safetensors weights", "convert it with save_pretrained; pickled weights are never loaded")
-    num_parameters = sum(count for file in weights for count in _tensor_sizes(file))
+    # Without a vocabulary transformers silently builds a tokenizer that knows no word.
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise _problem(spec, "has no tokenizer", "add its tokenizer.json, which tokenizer.save_pretrained writes")
     return BaseFiles(
         folder=folder,
         family=_family(config),
         fingerprint=_fingerprint(folder, spec),
-        num_parameters=num_parameters,
+        num_parameters=sum(_count_parameters(file, spec) for file in weights),
         num_layers=int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 1),
         hidden_size=int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 1),
         num_weight_bytes=sum(file.stat().st_size for file in weights),
@@ -118,16 +124,12 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _tensor_sizes(file: Path) -> Iterator[int]:
-    """Read element counts from the header: 8 bytes of length, then JSON. Source: the safetensors format page."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in entry["shape"]:
-                count *= size
-            yield count
+def _count_parameters(file: Path, spec: BaseSpec) -> int:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  no mapping
+    except SafetensorError as error:
+        raise _problem(spec, f"{file.name} of the base is broken: {error}", "save or download the base again") from error
 
 
 def _problem(spec: BaseSpec, rule: str, fix: str) -> SpecError:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from multilora.errors import AdapterError
 from multilora.segments import Segment
@@ -218,7 +219,7 @@ class MultiLoraLinear(nn.Module):
                 raise AdapterError(f"slot {segment.slot} is empty")
             row += segment.num_rows
         assert row in (0, num_rows), f"segments cover {row} rows, the batch has {num_rows}"
-        return spans  # type: ignore[return-value]
+        return spans
 
     def _add_one_by_one(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
         for slot, start, end in spans:
@@ -278,12 +279,12 @@ def _hash32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def match_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+def match_modules(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
     """Name the linear layers that get an adapter. Raises AdapterError for a target that matches nothing.
 
     `all-linear` leaves out the output head and poolers, whose outputs are not used or shared with the embeddings.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     names = [
         name
         for name, module in model.named_modules()

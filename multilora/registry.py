@@ -264,4 +264,6 @@ def _named_errors(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        raise RegistryError(f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable") from error
+        raise RegistryError(
+            f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable"
+        ) from error

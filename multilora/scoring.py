@@ -81,7 +81,7 @@ def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRo
     else:
         pairs = [(index, answer) for index, row in enumerate(ordered) for answer in row.labels.token_ids]
         logprobs_N = _answer_logprobs(base, slots, ordered, pairs)
-        scores = list(logprobs_N.split([len(row.labels.names) for row in ordered]))
+        scores = list(torch.split(logprobs_N, [len(row.labels.names) for row in ordered]))
     restored: list[Tensor] = [scores[0]] * len(rows)
     for position, index in enumerate(order):
         restored[index] = scores[position]

@@ -262,6 +262,10 @@ class _SpecLoader(yaml.SafeLoader):
         return mapping
 
 
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)))
+
+
 def _add_yaml12_scalars() -> None:
     patterns = {
         "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -272,7 +276,7 @@ def _add_yaml12_scalars() -> None:
     for tag, (pattern, first) in patterns.items():
         _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
     # PyYAML reads 010 as octal and stumbles over 08.
-    _SpecLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+    _SpecLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 _add_yaml12_scalars()
@@ -281,7 +285,7 @@ _add_yaml12_scalars()
 def _load_one(path: Path) -> TaskSpec | list[Problem]:
     where = str(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)  # noqa: S506  a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)  # a SafeLoader
     except OSError as error:
         return [Problem(where, "file", "", error.strerror or str(error), "check the path")]
     except UnicodeDecodeError:
@@ -289,7 +293,8 @@ def _load_one(path: Path) -> TaskSpec | list[Problem]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "file"
-        return [Problem(where, line, "", f"is not valid YAML: {getattr(error, 'problem', error)}", "check indentation and quotes")]
+        rule = f"is not valid YAML: {getattr(error, 'problem', error)}"
+        return [Problem(where, line, "", rule, "check indentation and quotes")]
     if not isinstance(raw, dict):
         return [Problem(where, "file", type(raw).__name__, "must hold a mapping of fields", "start with `name: my-task`")]
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import time
@@ -55,7 +54,7 @@ def start(state_file: Path, argv: Sequence[str], url: str, ready_path: str) -> B
     state_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("wb") as log:
         child = subprocess.Popen(
-            list(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=dict(os.environ)
+            list(argv), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     found = BackgroundProcess(child.pid, psutil.Process(child.pid).create_time(), url, str(log_file))
     state_file.write_text(json.dumps(asdict(found)), encoding="utf-8")

@@ -105,7 +105,8 @@ def submit(files: Files, as_json: Json = False, force: Force = False, workspace:
         raise typer.Exit(1) from None
     problems += result.problems
     if as_json:
-        summary = result.report or {"outcome": str(result.outcome), "tasks": [{"task": t.task, "state": t.state} for t in result.tasks]}
+        tasks = [{"task": task.task, "state": task.state, "champion": task.champion} for task in result.tasks]
+        summary = result.report or {"outcome": str(result.outcome), "tasks": tasks}
         _print_json({**summary, "problems": [asdict(problem) for problem in problems]})
     else:
         _print_problems(result.problems)

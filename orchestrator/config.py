@@ -54,11 +54,6 @@ class OrchestratorConfig(Part):
         return self.workspace / "reports"
 
     @property
-    def evals_dir(self) -> Path:
-        """Per-example answers of every evaluation."""
-        return self.workspace / "evals"
-
-    @property
     def downloads_dir(self) -> Path:
         """Adapter versions fetched from the registry."""
         return self.workspace / "downloads"
@@ -71,6 +66,10 @@ class OrchestratorConfig(Part):
     def adapter_dir(self, run_key: str) -> Path:
         """Where a run's finished adapter is written."""
         return self.workspace / "adapters" / run_key / "adapter"
+
+    def answers_file(self, run_key: str) -> Path:
+        """Per-example answers of a run's evaluation."""
+        return self.workspace / "answers" / f"{run_key}.json"
 
     def checkpoint_file(self, run_key: str) -> Path:
         """Where a run's training state is kept while it trains."""

@@ -6,7 +6,6 @@ that appear whole. Killed at any moment and started again, a submission ends whe
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Ada
 from multilora.spec import BaseSpec
 from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
-from orchestrator.evaluate import EvalItem, EvalReport
+from orchestrator.evaluate import EvalItem, EvalReport, load_reports, store_reports
 from orchestrator.judge import GateInput, Verdict, judge
 from orchestrator.plan import TrainingGroup
 from orchestrator.prepare import PreparedTask
@@ -93,7 +92,7 @@ class Controller:
         status = Status(run.status) if run and run.status else Status.NEW
         version = self._registry.version_of_run(run) if run else None
         work = TaskWork(prepared, run, status, Action.TRAIN, champion, version)
-        work.reports = self._load_reports(run_key) if run else {}
+        work.reports = load_reports(self._config.answers_file(run_key)) if run else {}
         if status is Status.EVALUATED and not work.reports:
             work.status = Status.REGISTERED  # the workspace with the stored answers is gone
         is_champion = bool(champion and version and champion.version == version.version)
@@ -112,7 +111,7 @@ class Controller:
                 "git_sha": git_sha(),
                 TAG_STATUS: str(Status.NEW),
             }
-            work.run = self._registry.start_run(work.task, prepared.run_key, _params(prepared), tags)
+            work.run = self._registry.start_run(work.task, prepared.run_key, prepared.params, tags)
             self._registry.log_texts(work.run.run_id, {"spec.json": prepared.spec.model_dump_json(indent=2)})
         self._move(work, Event.STARTED)
 
@@ -132,23 +131,23 @@ class Controller:
             task = GroupTask(group.base, members, group.num_slots, threads, self._config.checkpoint_every_s, mailbox)
             running.append(RunningGroup(self._config, group, task, f"{group.group_id}-{stamp}"))
         try:
-            while any(group.is_running for group in running):
+            while any(started.is_running for started in running):
                 self._handle(ray.get(mailbox.take.remote()), by_key)
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             ray.get(mailbox.stop.remote())
-            for group in running:
-                group.wait(STOP_TIMEOUT_S)
+            for started in running:
+                started.wait(STOP_TIMEOUT_S)
             self._handle(ray.get(mailbox.take.remote()), by_key)
             for work in works:
                 if work.status is Status.TRAINING:
                     self._move(work, Event.CANCELLED, "interrupted; submit again to continue")
             raise
         self._handle(ray.get(mailbox.take.remote()), by_key)
-        for group in running:
-            for name in group.group.members:
+        for started in running:
+            for name in started.group.members:
                 if by_task[name].status is Status.TRAINING:
-                    self._fail(by_task[name], f"worker ended: {group.error or 'no result'}")
+                    self._fail(by_task[name], f"worker ended: {started.error or 'no result'}")
 
     def register(self, work: TaskWork) -> None:
         """Make the finished adapter a version of the task, alias challenger."""
@@ -198,7 +197,7 @@ class Controller:
                     self._fail(work, error)
         for work in works:
             if work.version and work.version.key in work.reports:
-                self._store_reports(work)
+                store_reports(self._config.answers_file(work.prepared.run_key), work.reports.values())
                 self._log_evaluation(work)
                 if work.status is Status.REGISTERED:
                     self._move(work, Event.EVALUATED)
@@ -320,7 +319,7 @@ class Controller:
         item = EvalItem(work.task, version.version, version.digest, folder, gate, fingerprint, dataset.train)
         yield work.prepared.spec.base, item
         if champion and champion.version != version.version:
-            stored = self._load_reports(champion.tags.get("run_key", "")).get(champion.key)
+            stored = load_reports(self._config.answers_file(champion.tags["run_key"])).get(champion.key)
             if stored and stored.gate_fingerprint == fingerprint:
                 work.reports[champion.key] = stored
             else:
@@ -358,28 +357,6 @@ class Controller:
             points.append((name, report.value(metric), 0, now))
         self._registry.log_metrics(work.run.run_id, points)
         self._registry.log_texts(work.run.run_id, {"gate_answers.json": work.reports[work.version.key].to_json()})
-
-    def _store_reports(self, work: TaskWork) -> None:
-        file = self._config.evals_dir / f"{work.prepared.run_key}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(".tmp")
-        staging.write_text(json.dumps([report.to_json() for report in work.reports.values()]), encoding="utf-8")
-        staging.replace(file)
-
-    def _load_reports(self, run_key: str) -> dict[str, EvalReport]:
-        file = self._config.evals_dir / f"{run_key}.json"
-        if not file.is_file():
-            return {}
-        reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
-        return {report.system: report for report in reports}
-
-
-def _params(prepared: PreparedTask) -> dict[str, object]:
-    spec, dataset = prepared.spec, prepared.dataset
-    nested = spec.model_dump(mode="json", include={"base", "lora", "train", "gate"})
-    params = {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()}
-    sizes = {f"num_{split}": len(getattr(dataset, split)) for split in ("train", "select", "gate")}
-    return {**params, **sizes, "num_labels": len(spec.labels or ())}
 
 
 def git_sha() -> str:

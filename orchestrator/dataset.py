@@ -77,8 +77,8 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
     unseen = sorted(set(spec.labels or ()) - {example.label for example in train})
     if unseen:
         notes.append(f"no training example has the label {', '.join(unseen)}")
-    ordered = [tuple(splits[name]) for name in ("train", "select", "gate")]
-    return TaskDataset(spec.name, *ordered, fingerprint=_fingerprint(ordered), notes=tuple(notes))
+    ordered = [tuple(examples) for examples in splits.values()]
+    return TaskDataset(spec.name, ordered[0], ordered[1], ordered[2], _fingerprint(ordered), tuple(notes))
 
 
 def _read_examples(
@@ -139,7 +139,7 @@ def _load_table(spec: TaskSpec, split: str, source: str | HubSource) -> tuple[st
     datasets.disable_progress_bars()
     try:
         return where, datasets.load_dataset(**options)
-    except Exception as error:  # noqa: BLE001  `datasets` raises whatever its readers, pandas, pyarrow or the hub raise
+    except Exception as error:  # `datasets` raises whatever its readers, pandas, pyarrow or the hub raise
         cause = error.__cause__ or error
         rule = f"cannot be read ({type(cause).__name__}: {str(cause)[:200]})"
         raise DataError.of([Problem(where, f"data.{split}", "", rule, fix)]) from error

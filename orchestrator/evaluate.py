@@ -1,10 +1,10 @@
-"""Evaluate adapter versions through the serving engine, beside majority class, zero-shot base and TF-IDF + logistic regression."""
+"""Evaluate adapter versions through the serving engine, beside majority class, zero-shot base and a TF-IDF classifier."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,6 +66,22 @@ class EvalReport:
         raw = json.loads(text)
         answers = tuple(Graded(**{**row, "scores": tuple(row["scores"])}) for row in raw.pop("answers"))
         return cls(**{**raw, "labels": tuple(raw["labels"])}, answers=answers)
+
+
+def store_reports(file: Path, reports: Iterable[EvalReport]) -> None:
+    """Keep every answer of a run's evaluation, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_suffix(".tmp")
+    staging.write_text(json.dumps([report.to_json() for report in reports]), encoding="utf-8")
+    staging.replace(file)
+
+
+def load_reports(file: Path) -> dict[str, EvalReport]:
+    """Stored reports by system; empty where there are none."""
+    if not file.is_file():
+        return {}
+    reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+    return {report.system: report for report in reports}
 
 
 @dataclass(frozen=True)

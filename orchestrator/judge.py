@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
 from scipy.stats import binom, binomtest, norm
 
@@ -154,7 +153,7 @@ def tango_interval(num_losses: int, num_wins: int, num_examples: int, level: flo
     return edge(-1.0, 1), edge(1.0, -1)
 
 
-def examples_needed(num_flips: int, num_examples: int, margin: float, power: Literal[0.8] = 0.8) -> int:
+def examples_needed(num_flips: int, num_examples: int, margin: float, power: float = 0.8) -> int:
     """Gate examples that prove an unchanged task not worse: (z_alpha + z_power)^2 x flip rate / margin^2."""
     flip_rate = max(num_flips, 1) / num_examples
     return math.ceil((float(norm.ppf(1 - ALPHA)) + float(norm.ppf(power))) ** 2 * flip_rate / margin**2)

@@ -99,7 +99,7 @@ class Plan:
 def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int) -> Plan:
     """Put every task into exactly one group, or refuse it. Longest work is placed first, on the least loaded worker."""
     refused: list[tuple[str, str]] = []
-    alike: dict[tuple[object, ...], list[TaskNeed]] = {}
+    alike: dict[tuple[str, float, float], list[TaskNeed]] = {}
     for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
         gpus, cpus = _worker_size(need.resources, cluster)
         if reason := _infeasible(need, gpus, cpus, cluster):
@@ -108,8 +108,6 @@ def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int)
             alike.setdefault((need.base.model_dump_json(), gpus, cpus), []).append(need)
     groups: list[TrainingGroup] = []
     for (_, gpus, cpus), tasks in alike.items():
-        assert isinstance(gpus, float)
-        assert isinstance(cpus, float)
         num_lanes = int(cluster.num_gpus // gpus) if gpus else int(cluster.num_cpus // cpus)
         lanes: list[list[TaskNeed]] = [[] for _ in range(max(1, min(num_lanes, len(tasks))))]
         for need in tasks:

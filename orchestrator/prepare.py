@@ -33,6 +33,14 @@ class PreparedTask:
         return hashlib.sha256(self.spec.gate.model_dump_json().encode()).hexdigest()[:16]
 
     @property
+    def params(self) -> dict[str, object]:
+        """What MLflow shows as the run's parameters."""
+        nested = self.spec.model_dump(mode="json", include={"base", "lora", "train", "gate"})
+        params = {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()}
+        sizes = {f"num_{split}": len(getattr(self.dataset, split)) for split in ("train", "select", "gate")}
+        return {**params, **sizes, "num_labels": len(self.spec.labels or ())}
+
+    @property
     def need(self) -> TaskNeed:
         """What the plan must know; tokens are estimated from characters."""
         spec, files = self.spec, self.base_files

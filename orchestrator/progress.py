@@ -87,13 +87,13 @@ class LiveTable:
             table.add_column(heading, no_wrap=heading != "")
         for task, row in self._rows.items():
             numbers = self._numbers[task]
-            select = next((value for name, value in numbers.items() if name.startswith("select/") and name != "select/loss"), None)
+            metrics = [value for name, value in numbers.items() if name.startswith("select/") and name != "select/loss"]
             table.add_row(
                 task,
                 row.status,
                 ProgressBar(total=max(row.num_steps, 1), completed=row.step, width=24),
                 f"{numbers['train/loss']:.3f}" if "train/loss" in numbers else "",
-                f"{select:.3f}" if select is not None else "",
+                f"{metrics[0]:.3f}" if metrics else "",
                 self._time_left(row),
                 row.message[:60],
             )

@@ -30,7 +30,7 @@ MAX_TEXT = 400
 """Characters of an input or answer that are shown."""
 MIN_CLASS_EXAMPLES = 10
 """Gate examples that a label needs before the loss of all of them is called a warning."""
-AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ _NEXT_STEP = {
     Outcome.BLOCK: "A refused version answers no requests. Read below which examples it lost, mend the examples, the "
     "instruction or the labels, and submit again.",
     Outcome.HOLD: "There are too few gate examples to tell better from worse; the reasons below say how many would do.",
-    Outcome.CLEAR: "Nothing to do.",
+    Outcome.CLEAR: "Nothing has to be done.",
 }
 
 

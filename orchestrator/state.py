@@ -62,7 +62,12 @@ class RunFacts:
 
 
 TRANSITIONS: dict[tuple[Status, Event], Status] = {
-    **{(status, Event.STARTED): Status.TRAINING for status in (Status.NEW, Status.TRAINING, Status.TRAINED, Status.FAILED, Status.CANCELLED)},
+    (Status.NEW, Event.STARTED): Status.TRAINING,
+    (Status.TRAINING, Event.STARTED): Status.TRAINING,
+    # A TRAINED run starts again where its adapter folder was lost.
+    (Status.TRAINED, Event.STARTED): Status.TRAINING,
+    (Status.FAILED, Event.STARTED): Status.TRAINING,
+    (Status.CANCELLED, Event.STARTED): Status.TRAINING,
     # A run found TRAINING with a complete adapter folder died between writing it and saying so.
     (Status.TRAINING, Event.FINISHED): Status.TRAINED,
     (Status.TRAINING, Event.FAILED): Status.FAILED,
@@ -73,7 +78,8 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.REGISTERED, Event.FAILED): Status.FAILED,
     (Status.EVALUATED, Event.PROMOTED): Status.PROMOTED,
     (Status.EVALUATED, Event.REJECTED): Status.REJECTED,
-    **{(status, Event.RECONSIDERED): Status.EVALUATED for status in (Status.PROMOTED, Status.REJECTED)},
+    (Status.PROMOTED, Event.RECONSIDERED): Status.EVALUATED,
+    (Status.REJECTED, Event.RECONSIDERED): Status.EVALUATED,
 }
 
 

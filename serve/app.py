@@ -99,7 +99,7 @@ class EngineReplica:
         self._replica = Replica(config)
         self._following: asyncio.Task[None] | None = None
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201  the name that Ray Serve calls
+    def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Ray Serve calls
         self._following = asyncio.get_running_loop().create_task(self._replica.follow())
         return build_app(self._replica)
 
@@ -112,7 +112,8 @@ class EngineReplica:
 def serve_application(config: ServeConfig, num_replicas: int, num_cpus: float, num_gpus: float) -> Any:
     """Bind the deployment to its settings, ready for `ray.serve.run`."""
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    return EngineReplica.options(num_replicas=num_replicas, ray_actor_options=options).bind(config)
+    deployment: Any = EngineReplica
+    return deployment.options(num_replicas=num_replicas, ray_actor_options=options).bind(config)
 
 
 def _result(answer: Answer) -> ClassifyResult:

@@ -16,7 +16,7 @@ from multilora.registry import ADAPTER_PATH
 from serve.engine import Engine, Work
 
 
-class AdapterModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class AdapterModel(mlflow.pyfunc.PythonModel):
     """One adapter over its base, as a pyfunc model."""
 
     def load_context(self, context: Any) -> None:

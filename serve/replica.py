@@ -70,7 +70,7 @@ class BaseServer:
                 works = [pending.work for pending in batch]
                 try:
                     answers = await loop.run_in_executor(self._thread, self.engine.classify, works)
-                except Exception as error:  # noqa: BLE001  every caller must hear of it, and the loop must go on
+                except Exception as error:  # every caller must hear of it, and the loop must go on
                     logger.exception("batch failed size=%d", len(works))
                     for pending in batch:
                         if not pending.future.done():
