@@ -153,6 +153,8 @@ def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:
     try:
         state = load_file(artifact.folder / WEIGHTS)
         config = json.loads((artifact.folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no mapping")
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"adapter of task {task} cannot be read: {error}") from error
     tensors = _paired(task, state)
@@ -161,7 +163,12 @@ def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:
         raise AdapterError(f"adapter of task {task}: tensors cover {len(tensors)} modules, {CONFIG} names others")
     if len(tensors) != artifact.card.num_modules:
         raise AdapterError(f"adapter of task {task} has {len(tensors)} modules, its card says {artifact.card.num_modules}")
-    if abs(config.get("lora_alpha", 0) / max(config.get("r", 0), 1) - artifact.card.scaling) > 1e-6:
+    rank = max((a_RI.shape[0] for a_RI, _ in tensors.values()), default=0)
+    if not rank == config.get("r") == artifact.card.rank:
+        raise AdapterError(
+            f"adapter of task {task} has rank {rank}, {CONFIG} says {config.get('r')}, its card says {artifact.card.rank}"
+        )
+    if abs(config.get("lora_alpha", 0) / max(rank, 1) - artifact.card.scaling) > 1e-6:
         raise AdapterError(f"adapter of task {task}: alpha / r in {CONFIG} differs from the card's scaling")
     return tensors
 

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from multilora.base_files import BaseFiles, Family, find_base
-from multilora.errors import AdapterError
+from multilora.errors import AdapterError, SpecError
 from multilora.spec import BaseSpec
 
 _AUTO_CLASS: dict[Family, Any] = {
@@ -51,13 +51,13 @@ class FrozenBase:
 def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
     """Load a base for training or serving on `device` (default: the first GPU, else the CPU).
 
-    Raises SpecError where the files are missing, AdapterError where the tokenizer cannot be used.
+    Raises SpecError where files or weights are missing, AdapterError where the tokenizer cannot be used.
     """
     files = find_base(spec)
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    model: PreTrainedModel = _AUTO_CLASS[files.family].from_pretrained(
+    model, loading = _AUTO_CLASS[files.family].from_pretrained(
         files.folder,
         dtype=getattr(torch, spec.dtype),
         quantization_config=_quantization(spec),
@@ -65,7 +65,12 @@ def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
     )
+    # transformers fills missing weights with random numbers; a pooler's are never used.
+    missing = sorted(key for key in loading["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise SpecError(f"base {spec.model} lacks {len(missing)} weights such as {missing[0]}; save or download it again")
     if spec.quantization == "none":
         model.to(chosen)
     model.requires_grad_(False)

@@ -11,6 +11,8 @@ def setup_logging(level: str | None = None) -> None:
     """Send `event key=value` lines to stderr at `level` (default: ORCHESTRATOR_LOG, else WARNING)."""
     chosen = (level or os.environ.get("ORCHESTRATOR_LOG") or "WARNING").upper()
     logging.basicConfig(level=chosen, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    # Progress bars for files of a few kilobytes tell nobody anything.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for noisy in ("transformers", "bitsandbytes", "datasets", "httpx", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # bitsandbytes warns on every int8 layer that CPU inputs are cast; that is what the user asked for.

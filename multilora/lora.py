@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -205,9 +206,29 @@ class MultiLoraLinear(nn.Module):
         if self._slots.dropout_keys is not None and any(self._slots.dropouts[slot] for slot, _, _ in spans):
             x_BTI = x_BTI * self._dropout_mask(x_BTI, spans)
         x_BTI = x_BTI.to(y_BTO.dtype)
-        if not torch.is_grad_enabled() and len(spans) > 1 and len({end - start for _, start, end in spans}) > 1:
-            return self._add_one_by_one(y_BTO, x_BTI, spans)
-        return self._add_grouped(y_BTO, x_BTI, spans)
+        if x_BTI.is_cuda:
+            return self._add_grouped(y_BTO, x_BTI, spans)
+        if torch.is_grad_enabled() and type(self.base) is not nn.Linear:
+            # The 8-bit layer of bitsandbytes returns a view that autograd lets nobody change in place.
+            y_BTO = y_BTO.clone()
+        updated: Tensor = _AddOneByOne.apply(y_BTO, x_BTI, self.a_SRI, self, spans)
+        return updated
+
+    def halves(self, slot: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """One adapter's A [R, I] and B [O, R] at its own rank, in the dtype of `like`."""
+        rank = self._slots.ranks[slot]
+        return self.a_SRI[slot, :rank].to(like.dtype), self.b_SOR[slot, :, :rank].to(like.dtype)
+
+    def grad_halves(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Where one adapter's gradients add up."""
+        rank = self._slots.ranks[slot]
+        assert self.a_SRI.grad is not None
+        assert self.b_SOR.grad is not None
+        return self.a_SRI.grad[slot, :rank], self.b_SOR.grad[slot, :, :rank]
+
+    def scaling(self, slot: int) -> float:
+        """alpha / rank of one adapter."""
+        return self._slots.scalings[slot]
 
     def _adapted_spans(self, num_rows: int) -> list[tuple[int, int, int]]:
         """List (slot, first row, end row) of the segments whose adapter changes this module."""
@@ -221,17 +242,8 @@ class MultiLoraLinear(nn.Module):
         assert row in (0, num_rows), f"segments cover {row} rows, the batch has {num_rows}"
         return spans
 
-    def _add_one_by_one(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-        for slot, start, end in spans:
-            rank = self._slots.ranks[slot]
-            a_RI, b_OR = self.a_SRI[slot, :rank].to(y_BTO.dtype), self.b_SOR[slot, :, :rank].to(y_BTO.dtype)
-            h_NR = x_BTI[start:end].reshape(-1, self.in_features) @ a_RI.T
-            y_NO = y_BTO[start:end].view(-1, self.out_features)
-            y_NO.addmm_(h_NR, b_OR.T, alpha=self._slots.scalings[slot])
-        return y_BTO
-
     def _add_grouped(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Add runs of equally long neighbouring segments as one batched product each."""
+        """Add runs of equally long neighbouring segments as one batched product each: few launches, for a GPU."""
         pieces: list[Tensor] = []
         row = 0
         for run in _equal_runs(spans):
@@ -269,6 +281,48 @@ class MultiLoraLinear(nn.Module):
         uniform_BI = _hash32(_hash32(keys_B1) + features_I).float() / 2**32
         mask_BI = (uniform_BI >= p_B1).float() / (1 - p_B1)
         return mask_BI.view(x_BTI.shape[0], *[1] * (x_BTI.dim() - 2), self.in_features).to(x_BTI.dtype)
+
+
+class _AddOneByOne(torch.autograd.Function):
+    """Add each segment's update in place, and its gradients straight into the flat matrix: few bytes moved, for a CPU.
+
+    Autograd's own way through slices and stacked weights costs more than the base model's products there.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_BTO: Tensor, x_BTI: Tensor, anchor: Tensor, layer: MultiLoraLinear, spans: list[tuple[int, int, int]]
+    ) -> Tensor:
+        """`anchor` only makes the result require a gradient; the weights are read from `layer`."""
+        ctx.mark_dirty(y_BTO)
+        hidden: list[Tensor] = []
+        for slot, start, end in spans:
+            a_RI, b_OR = layer.halves(slot, y_BTO)
+            h_NR = x_BTI[start:end].reshape(-1, layer.in_features) @ a_RI.T
+            y_BTO[start:end].view(-1, layer.out_features).addmm_(h_NR, b_OR.T, alpha=layer.scaling(slot))
+            hidden.append(h_NR)
+        if anchor.requires_grad:
+            ctx.save_for_backward(x_BTI, *hidden)
+            ctx.layer, ctx.spans = layer, spans
+        return y_BTO
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_BTO: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass y's gradient on, add A's and B's to the flat matrix, and give x its share."""
+        x_BTI, *hidden = ctx.saved_tensors
+        layer: MultiLoraLinear = ctx.layer
+        grad_x_BTI = torch.zeros_like(x_BTI) if ctx.needs_input_grad[1] else None
+        for (slot, start, end), h_NR in zip(ctx.spans, hidden, strict=True):
+            a_RI, b_OR = layer.halves(slot, x_BTI)
+            grad_a_RI, grad_b_OR = layer.grad_halves(slot)
+            scaling = layer.scaling(slot)
+            grad_y_NO = grad_y_BTO[start:end].reshape(-1, layer.out_features)
+            grad_h_NR = (grad_y_NO @ b_OR) * scaling
+            grad_b_OR.add_(grad_y_NO.T @ h_NR, alpha=scaling)
+            grad_a_RI.add_(grad_h_NR.T @ x_BTI[start:end].reshape(-1, layer.in_features))
+            if grad_x_BTI is not None:
+                torch.mm(grad_h_NR, a_RI, out=grad_x_BTI[start:end].view(-1, layer.in_features))
+        return grad_y_BTO, grad_x_BTI, None, None, None
 
 
 def _hash32(x: Tensor) -> Tensor:

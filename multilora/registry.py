@@ -7,7 +7,7 @@ write can be repeated after a crash without making a second one.
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,18 +213,31 @@ class Registry:
         return self._search_runs(task, "")
 
     def download(self, version: AdapterVersion, folder: Path) -> Path:
-        """Fetch a version's adapter folder into `folder`/task/version, once."""
-        target = folder / version.task / str(version.version)
-        adapter = target / "artifacts" / ADAPTER_PATH
-        if not adapter.is_dir():
-            staging = target.with_name(f".{version.version}.{os.getpid()}")
-            staging.mkdir(parents=True, exist_ok=True)
+        """Fetch a version's adapter folder into `folder`/task, once; several threads and processes may share `folder`."""
+        # The digest is part of the name because another registry gives the same version numbers to other adapters.
+        target = folder / version.task / f"{version.version}-{version.digest[:12]}"
+        if not target.is_dir():
             with _named_errors(self.tracking_uri):
-                mlflow.set_tracking_uri(self.tracking_uri)
-                mlflow.set_registry_uri(self.tracking_uri)
-                mlflow.artifacts.download_artifacts(f"models:/{version.task}/{version.version}", dst_path=str(staging))
-            staging.replace(target)
-        return adapter
+                self._download_whole(version, target)
+        return target / "artifacts" / ADAPTER_PATH
+
+    def _download_whole(self, version: AdapterVersion, target: Path) -> None:
+        """Fetch a version into `target`, which appears whole or not at all."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
+            staging = Path(parent) / "model"
+            mlflow.artifacts.download_artifacts(
+                f"models:/{version.task}/{version.version}",
+                dst_path=str(staging),
+                tracking_uri=self.tracking_uri,
+                registry_uri=self.tracking_uri,
+            )
+            try:
+                staging.replace(target)
+            except OSError:
+                # Another process was faster; its folder holds the same version.
+                if not target.is_dir():
+                    raise
 
     def _ensure_model(self, task: str, description: str) -> None:
         try:

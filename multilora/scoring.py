@@ -56,15 +56,17 @@ class ScoringRow:
 def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFormat) -> LabelSet:
     """Prepare a task's labels for `score_labels`. Raises AdapterError where two labels become the same to this base."""
     names = tuple(label for label, _ in prompt_format.labels)
-    if base.family == "encoder":
-        wordings = [tuple(base.tokenizer(text)["input_ids"]) for text in label_wordings(prompt_format.labels)]
-        with torch.no_grad():
-            vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in wordings])
-        return LabelSet(names, vectors_LH, ())
     space = " " if base.family == "causal" else ""
-    token_ids = tuple(_answer_ids(base.tokenizer, space + name) for name in names)
+    if base.family == "encoder":
+        token_ids = tuple(tuple(base.tokenizer(text)["input_ids"]) for text in label_wordings(prompt_format.labels))
+    else:
+        token_ids = tuple(_answer_ids(base.tokenizer, space + name) for name in names)
     if len(set(token_ids)) < len(names):
         raise AdapterError(f"two of the labels {', '.join(names)} are the same tokens to base {base.spec.model}; reword one")
+    if base.family == "encoder":
+        with torch.no_grad():
+            vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
+        return LabelSet(names, vectors_LH, ())
     return LabelSet(names, None, token_ids)
 
 

@@ -26,7 +26,8 @@ from multilora.spec import GateSpec, TaskSpec, load_task_specs
 from orchestrator import background
 from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
-from orchestrator.controller import Controller, TaskWork, Update, git_sha
+from orchestrator.controller import TAG_VERDICT, Controller, TaskWork, Update, git_sha
+from orchestrator.judge import VerdictKind
 from orchestrator.plan import Plan, plan_groups
 from orchestrator.prepare import PreparedTask, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report, write_report
@@ -176,7 +177,7 @@ def _submit(
     if len(unchanged) == len(works):
         on_plan(PlannedSubmission(Plan((), ()), tuple(prepared), unchanged, tuple(problems)))
         outcomes = tuple(controller.outcome_of(work) for work in works)
-        return SubmitResult(outcomes, tuple(problems), Outcome.CLEAR, None, None)
+        return SubmitResult(outcomes, tuple(problems), _standing_outcome(works), None, None)
     with ray_session(config):
         size = cluster_size(config)
         needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
@@ -187,13 +188,21 @@ def _submit(
     facts = {
         "version": installed_version("adapter-orchestrator"),
         "commit": git_sha(),
-        "bases": ", ".join(sorted({task.spec.base.model for task in prepared})),
-        "workspace": config.workspace.name,
+        "base": ", ".join(sorted({task.spec.base.model for task in prepared})),
+        "command": f"orchestrator submit {' '.join(f'{spec.name}.yaml' for spec in specs)}",
     }
     created = datetime.now(UTC)
     report = build_report(outcomes, created, facts)
     report_file = write_report(report, config.reports_dir / created.strftime("%Y%m%dT%H%M%S.%f"))
     return SubmitResult(outcomes, tuple(problems), Outcome(report["outcome"]), report, report_file)
+
+
+def _standing_outcome(works: Sequence[TaskWork]) -> Outcome:
+    """A refusal stands until something changes; submitting again must not turn it into a success."""
+    refused = [work.run.tags.get(TAG_VERDICT) for work in works if work.run and work.status is Status.REJECTED]
+    if any(verdict != VerdictKind.INCONCLUSIVE for verdict in refused):
+        return Outcome.BLOCK
+    return Outcome.HOLD if refused else Outcome.CLEAR
 
 
 def _carry_out(controller: Controller, works: Sequence[TaskWork], planned: Plan) -> dict[str, str]:
@@ -227,10 +236,10 @@ def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[T
         if task in submitted or task not in champions:
             continue
         gate = GateSpec.model_validate_json(champions[task].tags.get("gate", "{}"))
-        state = "failed" if error else "verified"
-        outcomes.append(
-            TaskOutcome(task, "", state, gate.metric, gate.min, gate.margin, champions[task].key, error=error)  # type: ignore[arg-type]
-        )
+        if error:
+            outcomes.append(TaskOutcome(task, "", "failed", gate.metric, gate.min, gate.margin, None, key, error=error))
+        else:
+            outcomes.append(TaskOutcome(task, "", "verified", gate.metric, gate.min, gate.margin, key))
     return tuple(outcomes)
 
 

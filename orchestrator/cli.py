@@ -312,11 +312,10 @@ def _print_result(result: SubmitResult) -> None:
 
 
 def _print_report(found: dict[str, Any], html: Path) -> None:
-    from orchestrator.report import summary_rows
+    from orchestrator.report import SummaryRow, summary_rows
 
-    rows = summary_rows(found)
-    table = _table(*rows[0])
-    for row in rows[1:]:
+    table = _table(*(name.replace("_", "-") for name in SummaryRow._fields))
+    for row in summary_rows(found):
         table.add_row(*row)
     _print_rich(table)
     print(f"{found['outcome']}: {found['sentence']}")

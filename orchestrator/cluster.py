@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def ray_session(config: OrchestratorConfig) -> Iterator[None]:
             address=config.ray_address or "local",
             include_dashboard=True if not config.ray_address else None,
             log_to_driver=False,
-            configure_logging=False,
+            logging_level=logging.ERROR,
             runtime_env={"py_modules": modules} if modules else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -108,11 +108,12 @@ def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int)
             alike.setdefault((need.base.model_dump_json(), gpus, cpus), []).append(need)
     groups: list[TrainingGroup] = []
     for (_, gpus, cpus), tasks in alike.items():
-        num_lanes = int(cluster.num_gpus // gpus) if gpus else int(cluster.num_cpus // cpus)
-        lanes: list[list[TaskNeed]] = [[] for _ in range(max(1, min(num_lanes, len(tasks))))]
+        num_lanes = max(1, min(_num_workers(gpus, cpus, cluster), len(tasks)))
+        lanes: list[list[TaskNeed]] = [[] for _ in range(num_lanes)]
         for need in tasks:
             min(lanes, key=lambda lane: sum(n.num_tokens for n in lane)).append(need)
-        groups += [_group(lane, gpus, cpus, cluster, max_slots) for lane in lanes]
+        fitting = [part for lane in lanes for part in _fitting_parts(lane, _budget(gpus, cluster))]
+        groups += [_group(part, gpus, cpus, cluster, max_slots) for part in fitting]
     ordered = sorted(groups, key=lambda group: (-group.seconds, group.group_id))
     return Plan(tuple(ordered), tuple(sorted(refused)))
 
@@ -121,6 +122,27 @@ def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, 
     gpus = resources.gpus if resources.gpus is not None else float(cluster.num_gpus >= 1)
     cpus = resources.cpus if resources.cpus is not None else (1.0 if gpus else max(1.0, cluster.max_cpus_per_node))
     return float(gpus), float(cpus)
+
+
+def _num_workers(gpus: float, cpus: float, cluster: ClusterSize) -> int:
+    """Count the workers that run side by side; a fraction of a GPU lies on one GPU."""
+    if 0 < gpus < 1:
+        return int(cluster.num_gpus) * int(1 / gpus + 1e-9)
+    return int(cluster.num_gpus // gpus if gpus else cluster.num_cpus // cpus)
+
+
+def _fitting_parts(lane: list[TaskNeed], budget: int) -> list[list[TaskNeed]]:
+    """Split a lane in which one task's adapter and another's step are too large to share even one slot."""
+    if _memory_bytes(lane, 1) <= budget:
+        return [lane]
+    parts: list[list[TaskNeed]] = []
+    for need in lane:
+        part = next((part for part in parts if _memory_bytes([*part, need], 1) <= budget), None)
+        if part is None:
+            parts.append([need])
+        else:
+            part.append(need)
+    return parts
 
 
 def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) -> str | None:

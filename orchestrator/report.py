@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only 
 
 State = Literal["judged", "unchanged", "verified", "failed"]
 
-SCHEMA_VERSION = 1
 MAX_FLIPS = 50
 """Flips shown per task."""
 MAX_FLIPS_TOTAL = 2000
@@ -29,7 +28,7 @@ MAX_FLIPS_TOTAL = 2000
 MAX_TEXT = 400
 """Characters of an input or answer that are shown."""
 MIN_CLASS_EXAMPLES = 10
-"""Gate examples that a label needs before the loss of all of them is called a warning."""
+"""Gate examples that a label needs before losing all of them is a warning."""
 AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -38,8 +37,7 @@ class TaskOutcome:
     """What one submission found out about one task.
 
     judged: a candidate was evaluated and got a verdict. unchanged: spec, data and base are as they were, nothing was
-    trained. verified: not part of this submission; its champion was bound again and passed its canaries.
-    failed: see error.
+    trained. verified: not part of this submission; its champion was bound again and passed its canaries. failed: see error.
     """
 
     task: str
@@ -106,8 +104,7 @@ _SPOKEN_ORDER = (*list(Decision)[4:], *reversed(list(Decision)[:4]))
 """Promoted, unchanged and verified tasks are counted first; the others follow with their names."""
 _NEXT_STEP = {
     Outcome.ERROR: "What failed was not compared, so nothing is known about it: mend the error below and submit again.",
-    Outcome.BLOCK: "A refused version answers no requests. Read below which examples it lost, mend the examples, the "
-    "instruction or the labels, and submit again.",
+    Outcome.BLOCK: "Read below what was lost, mend the examples, the instruction or the labels, and submit again.",
     Outcome.HOLD: "There are too few gate examples to tell better from worse; the reasons below say how many would do.",
     Outcome.CLEAR: "Nothing has to be done.",
 }
@@ -115,13 +112,11 @@ _NEXT_STEP = {
 
 def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapping[str, str]) -> dict[str, Any]:
     """Gather every number of a submission into one JSON-able object. Shares are fractions 0..1; worst tasks first."""
-    num_compared = sum(outcome.candidate_report is not None for outcome in outcomes)
-    max_flips = min(MAX_FLIPS, MAX_FLIPS_TOTAL // max(num_compared, 1))
-    order = list(Decision)
-    tasks = sorted((_task(outcome, max_flips) for outcome in outcomes), key=lambda task: order.index(task["decision"]))
+    max_flips = min(MAX_FLIPS, MAX_FLIPS_TOTAL // max(sum(outcome.verdict is not None for outcome in outcomes), 1))
+    tasks = sorted((_task(outcome, max_flips) for outcome in outcomes), key=lambda task: list(Decision).index(task["decision"]))
     outcome = _OUTCOME_OF.get(tasks[0]["decision"], Outcome.CLEAR) if tasks else Outcome.CLEAR
     report = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "outcome": outcome,
         "sentence": _sentence(tasks),
         "next_step": _NEXT_STEP[outcome],
@@ -131,19 +126,17 @@ def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapp
         "axis": _axis(tasks),
         "tasks": tasks,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(report, allow_nan=False))
-    return plain
+    return dict(json.loads(json.dumps(report, allow_nan=False)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
     """Write report.json and report.html into the folder, each whole or not at all; return the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters.update(percent=_percent, points=_points, p_value=_p_value)
     page = environment.get_template("report.html.jinja").render(report=report)
-    _write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    _write(folder / "report.json", json.dumps(report, allow_nan=False) + "\n")
     return _write(folder / "report.html", page)
 
 
@@ -173,13 +166,13 @@ def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
     if error:
         candidate = reference = verdict = None
     num_examples = len(candidate.answers) if candidate else 0
-    accuracy_difference = (verdict.num_wins - verdict.num_losses) / num_examples if verdict else None
+    change = (verdict.num_wins - verdict.num_losses) / num_examples if verdict else None
     flips = _flips(candidate, reference) if candidate and reference else []
-    task = {
+    task: dict[str, Any] = {
         "task": outcome.task,
         "description": outcome.description,
         "state": outcome.state,
-        "decision": _decision(outcome.state, verdict, error),
+        "decision": _decision(outcome, verdict, error),
         "error": error,
         "metric": outcome.metric,
         "minimum": outcome.minimum,
@@ -188,7 +181,7 @@ def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
         "candidate": outcome.candidate,
         "reference": outcome.reference,
         "is_first_version": outcome.reference == "zero-shot",
-        "verdict": {**asdict(verdict), "accuracy_difference": accuracy_difference} if verdict else None,
+        "verdict": {**asdict(verdict), "accuracy_difference": change} if verdict else None,
         "num_examples": num_examples,
         "gate_fingerprint": candidate.gate_fingerprint if candidate else "",
         "candidate_result": _result(candidate, outcome.metric) if candidate else None,
@@ -198,7 +191,7 @@ def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
         "flips": flips[:max_flips],
         "num_flips_hidden": max(len(flips) - max_flips, 0),
     }
-    return {**task, "warnings": _warnings(task) if candidate else []}
+    return {**task, "warnings": _warnings(task)}
 
 
 def _problem(outcome: TaskOutcome) -> str:
@@ -221,14 +214,17 @@ def _problem(outcome: TaskOutcome) -> str:
     return ""
 
 
-def _decision(state: State, verdict: Verdict | None, error: str) -> Decision:
+def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str) -> Decision:
     if error:
         return Decision.FAILED
     if verdict and not verdict.is_promoted:
         return Decision.REFUSED if verdict.kind is VerdictKind.REGRESSED else Decision.HELD_BACK
-    if verdict and state == "judged":
+    if verdict:
         return Decision.UNPROVEN if verdict.kind is VerdictKind.INCONCLUSIVE else Decision.PROMOTED
-    return Decision.VERIFIED if state == "verified" else Decision.UNCHANGED
+    if outcome.state == "verified":
+        return Decision.VERIFIED
+    # Submitting a refused version once more does not make it pass.
+    return Decision.REFUSED if outcome.candidate not in (None, outcome.champion) else Decision.UNCHANGED
 
 
 def _result(report: EvalReport, metric: str) -> dict[str, Any]:
@@ -245,11 +241,8 @@ def _result(report: EvalReport, metric: str) -> dict[str, Any]:
 
 def _flips(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
     """List the examples that only one side gets right: losses first, in each kind the surest candidate answer first."""
-    pairs = [
-        (new, old)
-        for new, old in zip(candidate.answers, reference.answers, strict=True)
-        if (new.answer == new.gold) != (old.answer == old.gold)
-    ]
+    both = zip(candidate.answers, reference.answers, strict=True)
+    pairs = [(new, old) for new, old in both if (new.answer == new.gold) != (old.answer == old.gold)]
     pairs.sort(key=lambda pair: (pair[0].answer == pair[0].gold, -pair[0].probability))
     return [
         {
@@ -270,7 +263,7 @@ def _labels(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]
     """Per label, worst first: its gate examples, how many each side gets right, what the candidate takes them for."""
     gold = Counter(graded.gold for graded in candidate.answers)
     right, before = (Counter(g.gold for g in side.answers if g.answer == g.gold) for side in (candidate, reference))
-    wrong = Counter((graded.gold, graded.answer) for graded in candidate.answers if graded.answer != graded.gold)
+    wrong = Counter((g.gold, g.answer) for g in candidate.answers if g.answer != g.gold).most_common()
     rows = [
         {
             "label": label,
@@ -279,9 +272,7 @@ def _labels(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]
             "reference_num_correct": before[label],
             "recall": right[label] / gold[label] if gold[label] else None,
             "reference_recall": before[label] / gold[label] if gold[label] else None,
-            "mistaken_for": [
-                {"answer": answer, "count": count} for (name, answer), count in wrong.most_common() if name == label
-            ][:3],
+            "mistaken_for": [{"answer": answer, "count": count} for (name, answer), count in wrong if name == label][:3],
         }
         for label in candidate.labels
     ]
@@ -289,33 +280,34 @@ def _labels(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]
 
 
 def _warnings(task: dict[str, Any]) -> list[str]:
-    """Name what the verdict does not look at: a baseline that does better, a label that is never right any more."""
-    value = task["candidate_result"]["value"]
-    others = [base for base in task["baselines"] if base["value"] > value and base["system"] != task["reference"]]
-    return [f"{base['system']} is better: {_percent(base['value'])} against {_percent(value)}" for base in others] + [
-        f"none of the {row['num_examples']} `{row['label']}` examples is right any more"
-        for row in task["labels"]
-        if row["num_examples"] >= MIN_CLASS_EXAMPLES and row["reference_num_correct"] and not row["num_correct"]
-    ]
+    """Name what the verdict does not look at, such as a baseline that does better or a label that is never right now."""
+    found = []
+    if task["decision"] == Decision.REFUSED and not task["verdict"]:
+        found.append(f"{task['candidate']} did not pass before, and nothing has changed since")
+    value = task["candidate_result"]["value"] if task["candidate_result"] else 1.0
+    for base in task["baselines"]:
+        if base["value"] > value and base["system"] != task["reference"]:
+            found.append(f"{base['system']} is better: {_percent(base['value'])} against {_percent(value)}")
+    for row in task["labels"]:
+        if row["num_examples"] >= MIN_CLASS_EXAMPLES and row["reference_num_correct"] and not row["num_correct"]:
+            found.append(f"none of the {row['num_examples']} `{row['label']}` examples is right any more")
+    return found
 
 
 def _sentence(tasks: Sequence[dict[str, Any]]) -> str:
     """Say in one plain sentence what happened and what answers now."""
     names: dict[str, list[str]] = {}
     for task in sorted(tasks, key=lambda task: _SPOKEN_ORDER.index(task["decision"])):
-        is_regressed = task["decision"] == Decision.REFUSED and not task["is_first_version"]
+        is_regressed = task["verdict"] and task["decision"] == Decision.REFUSED and not task["is_first_version"]
         word = "regressed" if is_regressed else task["decision"].replace(",", " but")
         names.setdefault(word, []).append(task["task"])
-    quiet = _SPOKEN_ORDER[:3]
-    parts = [f"{len(found)} {word}{'' if word in quiet else f' ({_listed(found)})'}" for word, found in names.items()]
+    parts = [f"{len(found)} {word}{'' if word in _SPOKEN_ORDER[:3] else f' ({_listed(found)})'}" for word, found in names.items()]
     sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
     behind = [task for task in tasks if task["decision"] in (Decision.FAILED, Decision.REFUSED, Decision.HELD_BACK)]
-    kept = [task["champion"] for task in behind if task["champion"]]
-    silent = [task["task"] for task in behind if not task["champion"]]
-    if kept:
+    if kept := [task["champion"] for task in behind if task["champion"]]:
         sentence += f"; {_listed(kept)} still {'answers' if len(kept) == 1 else 'answer'}"
-    if silent:
-        sentence += f"; nothing answers for {_listed(silent)} yet"
+    if silent := [task["task"] for task in behind if not task["champion"]]:
+        sentence += f"; nothing answers for {_listed(silent)}"
     return sentence + "."
 
 

@@ -97,7 +97,7 @@ def next_action(facts: RunFacts) -> Action:
     1. a judged run is kept, unless its gate changed or its promoted version is no longer the champion: judge again;
     2. an evaluated run is judged;
     3. a registered run is evaluated;
-    4. a run with a complete adapter folder is registered, whatever its status says;
+    4. a run in training, or trained, with a complete adapter folder is registered;
     5. everything else is trained, from its checkpoint where there is one.
     """
     if facts.status in (Status.PROMOTED, Status.REJECTED):

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve as ray_serve
+from starlette.exceptions import HTTPException
 
 from multilora.errors import (
     AdapterError,
@@ -80,6 +81,16 @@ def build_app(replica: Replica) -> FastAPI:
         status = next((code for kind, code in STATUS_OF.items() if isinstance(error, kind)), 500)
         headers = {"Retry-After": "1"} if status == 429 else None
         return JSONResponse(_error_body(str(error), type(error).__name__), status_code=status, headers=headers)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}; the routes are listed at /docs"
+        return JSONResponse(_error_body(message, "RequestError"), status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        # The server logs the error itself; a caller can only be told that there was one.
+        return JSONResponse(_error_body("the server failed; its log says why", "InternalError"), status_code=500)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -28,3 +28,5 @@ class ServeConfig(Part):
     """Inputs in one request."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
+    retry_s: float = Field(default=30.0, ge=0)
+    """Seconds until a champion that could not be fetched or loaded is tried again; one that does not fit never is."""

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from multilora.artifact import AdapterArtifact, read_tensors
+from multilora.base_files import Family
 from multilora.base_model import FrozenBase
-from multilora.errors import AdapterError, UnknownTaskError
+from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskError
 from multilora.lora import AdapterSlots, match_modules
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_labels, score_labels
@@ -92,17 +93,20 @@ class Engine:
                 f"this base has {self.base.files.fingerprint[:12]}"
             )
         if card.scorer_version != SCORER_VERSION:
-            raise AdapterError(f"{key} was trained for scorer version {card.scorer_version}, this is {SCORER_VERSION}: train it again")
+            raise AdapterError(
+                f"{key} was trained for scorer version {card.scorer_version}, this is {SCORER_VERSION}: train it again"
+            )
         tensors = read_tensors(artifact)
         with self._lock, torch.no_grad():
             labels = encode_labels(self.base, self._slots, card.prompt_format)
             bound = BoundAdapter(key, artifact, card.prompt_format, labels, tensors)
+            # The canaries must judge these tensors, not those that an earlier binding of the key left in a slot.
+            self._empty_slot(key)
             slot = self._resident_slot(bound, pinned=())
             try:
                 self._check_canaries(bound, slot)
-            except AdapterError:
-                self._table.release(key)
-                self._slots.clear(slot)
+            except BaseException:
+                self._empty_slot(key)
                 raise
             self._bound[key] = bound
         return key
@@ -111,28 +115,34 @@ class Engine:
         """Forget an adapter: slot, host copy and name."""
         with self._lock:
             self._bound.pop(key, None)
-            slot = self._table.release(key)
-            if slot is not None:
-                self._slots.clear(slot)
+            self._empty_slot(key)
 
     def prompt(self, key: str, item: str | Mapping[str, str]) -> Prompt:
         """Tokenise a request item as the adapter's training did. Raises UnknownTaskError, RequestError, DataError."""
         prompt_format = self.bound(key).prompt_format
         return encode_prompt(prompt_format, prompt_format.columns_of(item), self.base.tokenizer)
 
+    def num_tokens(self, work: Work) -> int:
+        """What a request costs in a forward pass, its labels included."""
+        return _num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, self.bound(work.key).labels))
+
     def classify(self, works: Sequence[Work]) -> list[Answer]:
-        """Answer requests of any mix of adapters, in order. Raises UnknownTaskError for a key that is not bound."""
-        bounds = [self.bound(work.key) for work in works]
-        keys = list(dict.fromkeys(bound.key for bound in bounds))
+        """Answer requests of any mix of adapters, in order; all or nothing.
+
+        Raises UnknownTaskError for a key that is not bound, AdapterError for an adapter whose scores are no numbers.
+        """
         answers: dict[int, Answer] = {}
         with self._lock, torch.inference_mode():
+            bound_of = {work.key: self.bound(work.key) for work in works}
+            keys = list(bound_of)
             for first in range(0, len(keys), self._num_slots):
                 wave = keys[first : first + self._num_slots]
-                slot_of = {key: self._resident_slot(self.bound(key), pinned=wave) for key in wave}
-                indices = [index for index, bound in enumerate(bounds) if bound.key in slot_of]
-                rows = [ScoringRow(works[i].prompt.token_ids, slot_of[bounds[i].key], bounds[i].labels) for i in indices]
-                for index, scores in zip(indices, self._scores(rows), strict=True):
-                    answers[index] = _answer(bounds[index].labels, scores, works[index].prompt)
+                slot_of = {key: self._resident_slot(bound_of[key], pinned=wave) for key in wave}
+                indices = [index for index, work in enumerate(works) if work.key in slot_of]
+                chosen = [(works[index], bound_of[works[index].key].labels) for index in indices]
+                rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
+                for index, (work, labels), scores in zip(indices, chosen, self._scores(rows), strict=True):
+                    answers[index] = _answer(work.key, labels, scores, work.prompt)
         return [answers[index] for index in range(len(works))]
 
     def classify_zero_shot(self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]]) -> list[Answer]:
@@ -141,7 +151,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             labels = encode_labels(self.base, self._slots, prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
-        return [_answer(labels, score, prompt) for score, prompt in zip(scores, prompts, strict=True)]
+        return [_answer("the base", labels, score, prompt) for score, prompt in zip(scores, prompts, strict=True)]
 
     def bound(self, key: str) -> BoundAdapter:
         """The adapter of a key. Raises UnknownTaskError."""
@@ -156,14 +166,24 @@ class Engine:
             try:
                 self._slots.load(placement.slot, bound.tensors, bound.artifact.card.scaling)
             except AdapterError as error:
-                self._table.release(bound.key)
+                self._empty_slot(bound.key)
                 raise AdapterError(f"{bound.key}: {error}") from error
+            except BaseException:
+                # Half an adapter must not count as resident.
+                self._empty_slot(bound.key)
+                raise
         return placement.slot
+
+    def _empty_slot(self, key: str) -> None:
+        slot = self._table.release(key)
+        if slot is not None:
+            self._slots.clear(slot)
 
     def _scores(self, rows: Sequence[ScoringRow]) -> list[list[float]]:
         scores: list[list[float]] = [[]] * len(rows)
         overhead = OVERHEAD_TOKENS[self.base.device.type]
-        for batch in length_batches([_num_tokens(row) for row in rows], self._max_batch_tokens, overhead):
+        lengths = [_num_tokens(self.base.family, row) for row in rows]
+        for batch in length_batches(lengths, self._max_batch_tokens, overhead):
             for index, row_scores in zip(batch, score_labels(self.base, self._slots, [rows[i] for i in batch]), strict=True):
                 scores[index] = row_scores.tolist()
         return scores
@@ -172,7 +192,11 @@ class Engine:
         card = bound.artifact.card
         if self._slots.num_modules(slot) != card.num_modules:
             raise AdapterError(f"{bound.key} changes {self._slots.num_modules(slot)} modules, its card says {card.num_modules}")
-        prompts = [encode_prompt(bound.prompt_format, canary.columns, self.base.tokenizer) for canary in card.canaries]
+        try:
+            columns = [bound.prompt_format.columns_of(canary.columns) for canary in card.canaries]
+            prompts = [encode_prompt(bound.prompt_format, given, self.base.tokenizer) for given in columns]
+        except (RequestError, DataError) as misfit:
+            raise AdapterError(f"{bound.key}: a canary does not fit the prompt: {misfit}") from misfit
         if not prompts:
             raise AdapterError(f"{bound.key} has no canaries, so nothing proves that it was applied")
         with torch.inference_mode():
@@ -182,17 +206,22 @@ class Engine:
         tolerance = CANARY_TOLERANCE[card.base.dtype if card.base.quantization == "none" else "bfloat16"]
         error = max(_distance(seen, canary.scores) for seen, canary in zip(adapted, card.canaries, strict=True))
         if error > tolerance:
-            raise AdapterError(f"{bound.key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})")
+            raise AdapterError(
+                f"{bound.key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})"
+            )
         if max(_distance(a, b) for a, b in zip(adapted, plain, strict=True)) <= 1e-6:
             raise AdapterError(f"{bound.key}: canary scores equal the base's, so the adapter has no effect")
 
 
-def _num_tokens(row: ScoringRow) -> int:
-    # A generative base decodes every label; an encoder's label vectors cost nothing.
-    return len(row.token_ids) + sum(map(len, row.labels.token_ids))
+def _num_tokens(family: Family, row: ScoringRow) -> int:
+    # A causal base reads the prompt again with every label, seq2seq only decodes them; an encoder's vectors cost nothing.
+    num_reads = len(row.labels.token_ids) if family == "causal" else 1
+    return num_reads * len(row.token_ids) + sum(map(len, row.labels.token_ids))
 
 
-def _answer(labels: LabelSet, scores: Sequence[float], prompt: Prompt) -> Answer:
+def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt) -> Answer:
+    if not all(map(math.isfinite, scores)):
+        raise AdapterError(f"{name} gives its labels scores that are no numbers")
     # index() takes the first of equal scores, so ties go to the label that the spec lists first.
     return Answer(labels.names[scores.index(max(scores))], labels.names, tuple(scores), prompt.is_truncated)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
-from multilora.errors import CapacityError, MultiLoraError, RequestError
+from multilora.errors import AdapterError, CapacityError, RequestError
+from multilora.prompt import Prompt
 from multilora.registry import AdapterVersion, Registry
 from multilora.spec import BaseSpec
 from serve.batcher import Batcher
@@ -24,6 +26,9 @@ from serve.engine import Answer, BoundAdapter, Engine, Work
 from serve.router import route
 
 logger = logging.getLogger(__name__)
+
+LONG_CHARS = 10_000
+"""A request with more text is tokenised off the event loop, which would stand still for more than 10 ms."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class BaseServer:
     def submit(self, work: Work) -> asyncio.Future[Answer]:
         """Queue work; the future gets its answer."""
         pending = Pending(work, asyncio.get_running_loop().create_future())
-        self._batcher.add(work.key, len(work.prompt.token_ids), pending)
+        self._batcher.add(work.key, self.engine.num_tokens(work), pending)
         self._is_awake.set()
         return pending.future
 
@@ -62,23 +67,34 @@ class BaseServer:
         self._thread.shutdown(wait=True)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._is_awake.wait()
             self._is_awake.clear()
             while batch := self._batcher.next_batch():
-                works = [pending.work for pending in batch]
-                try:
-                    answers = await loop.run_in_executor(self._thread, self.engine.classify, works)
-                except Exception as error:  # every caller must hear of it, and the loop must go on
-                    logger.exception("batch failed size=%d", len(works))
-                    for pending in batch:
-                        if not pending.future.done():
-                            pending.future.set_exception(error)
-                    continue
-                for pending, answer in zip(batch, answers, strict=True):
-                    if not pending.future.done():
-                        pending.future.set_result(answer)
+                # A caller that left needs no answer, and its adapter may be unbound by now.
+                await self._answer([pending for pending in batch if not pending.future.done()])
+
+    async def _answer(self, batch: Sequence[Pending]) -> None:
+        works = [pending.work for pending in batch]
+        if not works:
+            return
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.classify, works)
+        except Exception as error:  # every caller must hear of it, and the loop must go on
+            keys = dict.fromkeys(work.key for work in works)
+            if len(keys) > 1:
+                # One adapter's failure is not the others': each is tried alone.
+                for key in keys:
+                    await self._answer([pending for pending in batch if pending.work.key == key])
+                return
+            logger.exception("batch failed version=%s size=%d", works[0].key, len(works))
+            for pending in batch:
+                if not pending.future.done():
+                    pending.future.set_exception(error)
+            return
+        for pending, answer in zip(batch, answers, strict=True):
+            if not pending.future.done():
+                pending.future.set_result(answer)
 
 
 class Replica:
@@ -95,6 +111,8 @@ class Replica:
         self._versions: dict[str, AdapterVersion] = {}
         """By adapter key."""
         self._broken: dict[str, str] = {}
+        self._retry_at: dict[str, float] = {}
+        """Broken key -> loop time of the next try."""
         self._in_flight: Counter[str] = Counter()
         self._has_synced = False
 
@@ -127,50 +145,69 @@ class Replica:
         if not 1 <= len(items) <= self._config.max_inputs_per_request:
             raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
         key = route(task, self._keys, self._broken)
-        server = self._server_of[key]
-        if server.num_waiting + len(items) > self._config.max_queue_inputs:
-            raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
-        version = self._versions[key]
-        prompts = [server.engine.prompt(key, item) for item in items]
+        server, version = self._server_of[key], self._versions[key]
+        futures: list[asyncio.Future[Answer]] = []
+        # Counted from here on, so that the version stays bound until the last answer.
         self._in_flight[key] += 1
         try:
-            answers = await asyncio.gather(*(server.submit(Work(key, prompt)) for prompt in prompts))
+            prompts = await _prompts(server.engine, key, items)
+            if server.num_waiting + len(items) > self._config.max_queue_inputs:
+                raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
+            futures = [server.submit(Work(key, prompt)) for prompt in prompts]
+            return version, list(await asyncio.gather(*futures))
         finally:
             self._in_flight[key] -= 1
-        return version, list(answers)
+            # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
+            for future in futures:
+                future.cancel()
 
     async def follow(self) -> None:
         """Follow the champion aliases for ever; a registry that is away changes nothing."""
         while True:
             try:
                 await self.sync()
-            except MultiLoraError as error:
-                logger.warning("registry unreadable error=%s", error)
+            except Exception as error:  # noqa: BLE001  what is bound goes on answering, whatever the registry's client raises
+                logger.warning("registry unreadable error=%r", error)
             await asyncio.sleep(self._config.poll_s)
 
     async def sync(self) -> None:
         """Bring the served keys in line with the champions: bind new ones, swap, then let go of old ones."""
         champions = await asyncio.to_thread(self._registry.champions)
         wanted = {version.key: version for version in champions.values()}
-        new = [version for key, version in wanted.items() if key not in self._versions and key not in self._broken]
         self._broken = {key: reason for key, reason in self._broken.items() if key in wanted}
-        for version in new:
-            try:
-                await self._bind(version)
-            except MultiLoraError as error:
-                self._broken[version.key] = str(error)
-                logger.error("champion not bound version=%s error=%s", version.key, error)
+        self._retry_at = {key: at for key, at in self._retry_at.items() if key in wanted}
+        for key, version in wanted.items():
+            if key in self._versions:
+                # Also a roll back to a version that still has requests to finish.
+                self._keys[version.task] = key
+            elif asyncio.get_running_loop().time() >= self._retry_at.get(key, -math.inf):
+                await self._try_to_bind(version)
         for task in set(self._keys) - set(champions):
             del self._keys[task]
         self._has_synced = True
         for key in [key for key in self._versions if key not in self._keys.values() and not self._in_flight[key]]:
-            self._server_of.pop(key).engine.unbind(key)
-            del self._versions[key]
+            del self._versions[key], self._in_flight[key]
+            # Waits for the running forward pass, which the event loop must not.
+            await asyncio.to_thread(self._server_of.pop(key).engine.unbind, key)
 
     async def close(self) -> None:
         """Stop all engines."""
         for server in self._servers.values():
             await server.close()
+
+    async def _try_to_bind(self, version: AdapterVersion) -> None:
+        key = version.key
+        try:
+            await self._bind(version)
+        except Exception as error:  # noqa: BLE001  one champion that cannot be bound must not keep the others from being bound
+            # Files that do not fit stay so; a download, a base or a full device may come right.
+            delay_s = math.inf if isinstance(error, AdapterError) else self._config.retry_s
+            self._retry_at[key] = asyncio.get_running_loop().time() + delay_s
+            self._broken[key] = str(error) or type(error).__name__
+            logger.error("champion not bound version=%s error=%r", key, error)
+        else:
+            self._broken.pop(key, None)
+            self._retry_at.pop(key, None)
 
     async def _bind(self, version: AdapterVersion) -> None:
         folder = await asyncio.to_thread(self._registry.download, version, self._config.downloads_dir)
@@ -189,3 +226,10 @@ class Replica:
         # From here on new requests of the task use the new version.
         self._keys[version.task] = key
         logger.info("champion bound version=%s digest=%s", key, version.digest[:12])
+
+
+async def _prompts(engine: Engine, key: str, items: Sequence[str | Mapping[str, str]]) -> list[Prompt]:
+    num_chars = sum(len(item) if isinstance(item, str) else sum(map(len, item.values())) for item in items)
+    if num_chars <= LONG_CHARS:
+        return [engine.prompt(key, item) for item in items]
+    return await asyncio.to_thread(lambda: [engine.prompt(key, item) for item in items])

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # No test touches the network; set before transformers and huggingface_hub read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from tiny_adapters import TinyTask, write_tiny_adapter
 from tiny_bases import BUILDERS
 
+from multilora.artifact import AdapterArtifact
 from multilora.base_model import FrozenBase, load_base
-from multilora.lora import AdapterSlots, AdapterTensors
+from multilora.lora import AdapterSlots, AdapterTensors, match_modules
 from multilora.spec import BaseSpec
+
+if TYPE_CHECKING:
+    from multilora.registry import Registry
 
 FAMILIES = ("seq2seq", "encoder", "causal")
 
 BaseFolder = Callable[[str], Path]
 FreshBase = Callable[..., FrozenBase]
 RandomAdapter = Callable[..., AdapterTensors]
+TinyAdapter = Callable[..., AdapterArtifact]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,3 +81,35 @@ def random_adapter() -> RandomAdapter:
         return tensors
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(fresh_base: FreshBase, random_adapter: RandomAdapter, tmp_path_factory: pytest.TempPathFactory) -> TinyAdapter:
+    """Write an adapter of a task over a tiny base, once a session: tiny_adapter("causal", CARDS, seed=1). Do not change it."""
+
+    @cache
+    def slots_of(kind: str) -> tuple[FrozenBase, AdapterSlots]:
+        base = fresh_base(kind)
+        return base, AdapterSlots(base.model, match_modules(base.model, "all-linear"), 1, 16)
+
+    @cache
+    def write(kind: str, task: TinyTask, seed: int = 0) -> AdapterArtifact:
+        base, slots = slots_of(kind)
+        # Strong enough to turn answers around.
+        tensors = {name: (a_RI, 4 * b_OR) for name, (a_RI, b_OR) in random_adapter(slots, task.rank, seed).items()}
+        with torch.no_grad():
+            return write_tiny_adapter(tmp_path_factory.mktemp(task.name) / "adapter", base, slots, tensors, task)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    """An MLflow registry on sqlite, shared by the session because setting it up takes seconds: use task names of your own."""
+    # MLflow takes seconds to import; only tests that ask for it pay.
+    from multilora.registry import Registry
+
+    folder = tmp_path_factory.mktemp("registry")
+    registry = Registry(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
+    registry.initialise()
+    return registry

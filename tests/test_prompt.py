@@ -102,8 +102,8 @@ def test_prompt_that_fits_is_left_alone(tokenizer):
 def test_long_input_loses_its_end_and_nothing_else(tokenizer, instruction):
     rng = random.Random(1)
     num_truncated = 0
-    for _ in range(40):
-        text = random_text(rng)
+    for _ in range(25):
+        text = random_text(rng, 300)
         format_ = prompt_format(instruction, rng.randint(70, 130))
         columns = {"text": text}
         prompt = encode_prompt(format_, columns, tokenizer)
@@ -129,7 +129,9 @@ def test_only_the_longest_column_is_cut(tokenizer):
         format_ = prompt_format(COLUMNS, 140)
         prompt = encode_prompt(format_, columns, tokenizer)
         assert prompt.is_truncated
-        prefixes = {ids_of(tokenizer, format_.render({**columns, long: columns[long][:end]})) for end in range(len(columns[long]))}
+        prefixes = {
+            ids_of(tokenizer, format_.render({**columns, long: columns[long][:end]})) for end in range(len(columns[long]))
+        }
         assert prompt.token_ids in prefixes
 
 
@@ -154,7 +156,9 @@ def test_several_long_columns_share_the_cut_and_the_frame_stays(tokenizer):
 
 def test_encoder_prompt_is_cut_too(fresh_base):
     tokenizer = fresh_base("encoder").tokenizer
-    prompt = encode_prompt(prompt_format(COLUMNS, 16, family="encoder"), {"title": "a", "body": "b " * 99, "sender": "c"}, tokenizer)
+    prompt = encode_prompt(
+        prompt_format(COLUMNS, 16, family="encoder"), {"title": "a", "body": "b " * 99, "sender": "c"}, tokenizer
+    )
     assert prompt.is_truncated
     assert tokenizer.decode(prompt.token_ids) == f"[CLS] a{' b' * 12} c [SEP]"
 

@@ -1,0 +1,61 @@
+"""The floors: a module imports only project modules that stand below it; what must load fast loads no torch, ray or mlflow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {  # lowest first; a new module gets its place here
+    "multilora": "errors log segments spec prompt base_files base_model lora artifact scoring registry",
+    "serve": "config schema router slots batcher engine pyfunc_model replica app",
+    "orchestrator": "config metrics batching dataset plan prepare state judge trainer worker evaluate report cluster "
+    "background deploy controller api progress cli __main__",
+}
+MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
+FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrator.evaluate": ("serve.engine",)}
+LIGHT = """multilora.errors multilora.log multilora.spec multilora.prompt multilora.segments multilora.base_files
+    serve.config serve.schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset orchestrator.plan
+    orchestrator.prepare orchestrator.state orchestrator.judge orchestrator.metrics orchestrator.batching orchestrator.cli"""
+
+
+def imports_of(node, is_nested=False):
+    """Yield (imported name, is inside a function); `from a import b` gives a and a.b. Skips `if TYPE_CHECKING`."""
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, is_nested) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"relative import in line {node.lineno}"
+        yield from ((name, is_nested) for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
+    for child in ast.iter_child_nodes(node):
+        yield from imports_of(child, is_nested or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def test_every_module_has_a_floor():
+    files = {file for package in FLOORS for file in (ROOT / package).rglob("*.py") if file.name != "__init__.py"}
+    assert files == set(MODULES.values())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    imports = list(imports_of(ast.parse(MODULES[module].read_text(encoding="utf-8"))))
+    imported = {name for name, _ in imports}
+    above = list(MODULES)[list(MODULES).index(module) :]
+    not_offered = [name for name in MODULES if name.startswith("serve.") and name not in FROM_SERVE.get(module, ())]
+    assert not imported & {*above, *(not_offered if module.startswith("orchestrator.") else ())}
+    assert module in ("multilora.registry", "serve.pyfunc_model") or not any(name.partition(".")[0] == "mlflow" for name in imported)
+    assert module == "orchestrator.cli" or not [name for name, is_nested in imports if is_nested]
+
+
+def test_light_modules_load_no_torch_ray_or_mlflow():
+    code = f"import sys, {', '.join(LIGHT.split())}; print(*sorted({{'torch', 'ray', 'mlflow'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_past_350_lines_is_two_nouns(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 350

@@ -1,0 +1,209 @@
+"""Law 8: each task in exactly one group or refused with the reason, no group over budget, same input -> same plan."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from multilora.spec import BaseSpec, ResourceSpec
+from orchestrator.plan import START_UP_S, ClusterSize, Plan, TaskNeed, plan_groups
+
+GIB = 2**30
+SMALL = BaseSpec(model="small")
+NEED = TaskNeed(
+    task="task", base=SMALL, num_base_parameters=20_000_000, num_layers=6, hidden_size=384, rank=8, num_train=100, epochs=10,
+    batch_size=16, tokens_per_example=40.0, resources=ResourceSpec(),
+)  # fmt: skip
+TWO_CPUS = ClusterSize(2.0, 0.0, 2.0, 0.0, 8 * GIB, 24 * GIB)
+THREE_GPUS = ClusterSize(32.0, 3.0, 16.0, 2.0, 64 * GIB, 24 * GIB)
+
+
+def need(task="task", **changes):
+    return replace(NEED, task=task, **changes)
+
+
+def needs(count, **changes):
+    return [need(f"task-{index:04}", **changes) for index in range(count)]
+
+
+def random_case(seed):
+    """A cluster and up to 40 tasks over three bases, some of which cannot run there."""
+    rng = random.Random(seed)
+    num_cpus, num_gpus, num_nodes = rng.choice([2, 4, 16]), rng.choice([0, 0, 1, 4]), rng.choice([1, 2, 5])
+    memory, gpu_memory = rng.choice([2, 3, 8, 64]) * GIB, rng.choice([4, 24, 80]) * GIB
+    cluster = ClusterSize(num_cpus * num_nodes, num_gpus * num_nodes, num_cpus, num_gpus, memory, gpu_memory)
+    tasks = []
+    for index in range(rng.randint(0, 40)):
+        model, *sizes = rng.choice([("small", 20_000_000, 6, 384), ("middle", 250_000_000, 12, 768), ("large", 10**9, 24, 2048)])
+        base = BaseSpec(model=model, dtype=rng.choice(["float32", "bfloat16"]), quantization=rng.choice(["none", "none", "4bit"]))
+        gpus, cpus = rng.choice([None, None, 0, 0.1, 0.5, 1, 2]), rng.choice([None, None, 1, 3, 32])
+        resources = ResourceSpec(gpus=gpus, cpus=cpus, workers=rng.choice([1] * 9 + [2]))
+        rank, num_train, epochs = rng.choice([1, 8, 256]), rng.randint(1, 5000), rng.randint(1, 20)
+        batch_size, num_tokens = rng.choice([1, 16, 256]), rng.uniform(2, 512)
+        tasks.append(TaskNeed(f"task-{index}", base, *sizes, rank, num_train, epochs, batch_size, num_tokens, resources))
+    return tasks, cluster, rng.choice([1, 2, 16])
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_each_task_is_in_one_group_within_budget_or_refused(seed):
+    tasks, cluster, max_slots = random_case(seed)
+    plan = plan_groups(tasks, cluster, max_slots)
+    placed = [task for group in plan.groups for task in group.members]
+    assert sorted([*placed, *(task for task, _ in plan.refused)]) == sorted(need.task for need in tasks)
+    base_of = {need.task: need.base for need in tasks}
+    for group in plan.groups:
+        assert {base_of[task] for task in group.members} == {group.base}
+        assert 1 <= group.num_slots <= min(max_slots, len(group.members))
+        assert group.memory_bytes <= (
+            group.gpus * cluster.memory_bytes_per_gpu if group.gpus else cluster.memory_bytes_per_node
+        )
+        assert group.gpus <= cluster.max_gpus_per_node
+        assert group.cpus <= cluster.max_cpus_per_node
+    assert len({group.group_id for group in plan.groups}) == len(plan.groups)
+    # A task is refused for what it needs itself, never for its company.
+    refused_alone = [refusal for task in tasks for refusal in plan_groups([task], cluster, max_slots).refused]
+    assert sorted(refused_alone) == list(plan.refused)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_same_input_in_any_order_gives_the_same_plan(seed):
+    tasks, cluster, max_slots = random_case(seed)
+    plan = plan_groups(tasks, cluster, max_slots)
+    random.Random(seed).shuffle(tasks)
+    assert plan_groups(tasks, cluster, max_slots) == plan
+
+
+def test_a_thousand_tasks_are_planned():
+    plan = plan_groups(needs(1000), THREE_GPUS, 16)
+    assert sorted(task for group in plan.groups for task in group.members) == [need.task for need in needs(1000)]
+    assert [(len(group.members), group.num_slots) for group in plan.groups] == [(334, 16), (333, 16), (333, 16)]
+    tight = plan_groups([*needs(1000), *mismatched_pair()], TIGHT, 16)
+    assert not tight.refused
+    assert sum(len(group.members) for group in tight.groups) == 1002
+
+
+def test_no_tasks_no_groups():
+    assert plan_groups([], TWO_CPUS, 16) == Plan((), ())
+    assert plan_groups([], TWO_CPUS, 16).makespan_s == 0.0
+
+
+def test_one_machine_without_gpu_trains_all_adapters_of_a_base_together():
+    (group,) = plan_groups(needs(5), TWO_CPUS, 16).groups
+    assert group.members == tuple(f"task-{index:04}" for index in range(5))
+    assert (group.num_slots, group.gpus, group.cpus, group.num_steps) == (5, 0.0, 2.0, 5 * 7 * 10)
+    # 4 x parameters x tokens of 5 tasks, at 4e10 a second on each of 2 cores.
+    assert group.seconds == pytest.approx(START_UP_S + 5 * 4 * 20e6 * (100 * 10 * 40) / 8e10)
+
+
+def test_bases_never_share_a_group():
+    other_kinds = [BaseSpec(model="small", dtype="bfloat16"), BaseSpec(model="small", quantization="8bit")]
+    bases = [SMALL, *other_kinds, BaseSpec(model="other")]
+    plan = plan_groups([need(f"task-{index}", base=base) for index, base in enumerate(bases)], TWO_CPUS, 16)
+    assert sorted(group.members for group in plan.groups) == [("task-0",), ("task-1",), ("task-2",), ("task-3",)]
+
+
+def test_longest_work_is_placed_first_on_the_least_loaded_worker():
+    lengths = {"a": 70, "b": 60, "c": 50, "d": 40, "e": 30}
+    plan = plan_groups([need(name, epochs=epochs) for name, epochs in lengths.items()], THREE_GPUS, 16)
+    assert {group.members for group in plan.groups} == {("a",), ("b", "e"), ("c", "d")}
+    assert [group.seconds for group in plan.groups] == sorted((group.seconds for group in plan.groups), reverse=True)
+    assert plan.makespan_s == plan.groups[0].seconds
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_groups", "on_gpus"),
+    [
+        (None, 3, 1.0),  # one GPU each where the cluster has any
+        (0.5, 6, 0.5),
+        (0.1, 30, 0.1),  # 3.0 // 0.1 is 29
+        (0.6, 3, 0.6),  # two of these do not fit on one GPU
+        (2, 1, 2.0),
+        (0, 2, 0.0),  # 32 cores in workers that take a node of 16
+    ],
+)
+def test_gpu_lanes(gpus, num_groups, on_gpus):
+    plan = plan_groups(needs(60, resources=ResourceSpec(gpus=gpus)), THREE_GPUS, 16)
+    assert len(plan.groups) == num_groups
+    assert {group.gpus for group in plan.groups} == {on_gpus}
+    assert {group.cpus for group in plan.groups} == {1.0 if on_gpus else 16.0}
+
+
+def test_cpu_lanes():
+    plan = plan_groups(needs(7, resources=ResourceSpec(gpus=0, cpus=8)), THREE_GPUS, 16)
+    assert sorted(len(group.members) for group in plan.groups) == [1, 2, 2, 2]
+    assert plan_groups(needs(7, resources=ResourceSpec(cpus=0.5)), TWO_CPUS, 16).groups[0].cpus == 0.5
+
+
+def test_a_plan_never_has_more_groups_than_tasks():
+    assert len(plan_groups(needs(2), THREE_GPUS, 16).groups) == 2
+
+
+def test_max_slots_bounds_what_trains_at_once():
+    (group,) = plan_groups(needs(5), TWO_CPUS, 2).groups
+    assert (len(group.members), group.num_slots) == (5, 2)
+
+
+def test_tight_memory_reduces_slots_but_keeps_the_group():
+    # Worker 1 GiB + base 0.08 GB + per slot: adapter 18 x 384 x 8 x 6 x 16 bytes and step 16 x 40 x 136 x 6 x 384 bytes.
+    per_slot = 18 * 384 * 8 * 6 * 16 + 16 * 40 * 136 * 6 * 384
+    fixed = GIB + 20_000_000 * 4
+    for num_slots in (1, 3):
+        cluster = replace(TWO_CPUS, memory_bytes_per_node=fixed + num_slots * per_slot)
+        (group,) = plan_groups(needs(5), cluster, 16).groups
+        assert (len(group.members), group.num_slots) == (5, num_slots)
+        assert group.memory_bytes == fixed + num_slots * per_slot
+    assert len(plan_groups(needs(5), replace(TWO_CPUS, memory_bytes_per_node=fixed + per_slot - 1), 16).refused) == 5
+
+
+TIGHT = replace(TWO_CPUS, memory_bytes_per_node=3 * GIB)
+
+
+def mismatched_pair():
+    """Each fits into 3 GiB alone; the first one's rank with the other one's batch does not."""
+    return [need("high-rank", rank=2048, num_train=9), need("long-steps", batch_size=64, tokens_per_example=100.0, num_train=9)]
+
+
+def test_tasks_that_fit_alone_but_not_even_in_turn_get_groups_of_their_own():
+    plan = plan_groups([*mismatched_pair(), need("easy")], TIGHT, 16)
+    assert not plan.refused
+    assert len(plan.groups) == 2
+    assert all(group.memory_bytes <= 3 * GIB for group in plan.groups)
+    together = {task for group in plan.groups for task in group.members if "high-rank" in group.members}
+    assert "long-steps" not in together
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"resources": ResourceSpec(workers=2)},
+            "resources.workers above 1 (data-parallel training) is not available in this version; set it to 1",
+        ),
+        (
+            {"resources": ResourceSpec(gpus=1)},
+            "needs 1 GPUs on one node, the largest node has 0; lower resources.gpus",
+        ),
+        (
+            {"resources": ResourceSpec(cpus=3)},
+            "needs 3 CPUs on one node, the largest node has 2; lower resources.cpus",
+        ),
+        (
+            {"num_base_parameters": 11_000_000_000},
+            "needs about 42.2 GiB, one worker has 8.0 GiB; "
+            "use base.quantization 8bit or 4bit, a smaller batch_size or max_length, or a larger machine",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason_and_the_rest_goes_on(changes, reason):
+    plan = plan_groups([need("impossible", **changes), need("possible")], TWO_CPUS, 16)
+    assert [group.members for group in plan.groups] == [("possible",)]
+    assert plan.refused == (("impossible", reason),)
+
+
+def test_quantization_lets_a_large_base_in():
+    eleven = {"num_base_parameters": 11_000_000_000, "num_layers": 24, "hidden_size": 4096, "tokens_per_example": 20.0}
+    cluster = replace(THREE_GPUS, memory_bytes_per_gpu=32 * GIB)
+    tasks = [need(kind, base=BaseSpec(model="xxl", quantization=kind), **eleven) for kind in ("none", "8bit", "4bit")]
+    plan = plan_groups(tasks, cluster, 16)
+    assert [task for task, _ in plan.refused] == ["none"]
+    assert {group.members for group in plan.groups} == {("8bit",), ("4bit",)}
