@@ -211,7 +211,7 @@ class MultiLoraLinear(nn.Module):
         if torch.is_grad_enabled() and type(self.base) is not nn.Linear:
             # The 8-bit layer of bitsandbytes returns a view that autograd lets nobody change in place.
             y_BTO = y_BTO.clone()
-        updated: Tensor = _AddOneByOne.apply(y_BTO, x_BTI, self.a_SRI, self, spans)
+        updated: Tensor = _AddOneByOne.apply(y_BTO, x_BTI, self.a_SRI, self, spans)  # type: ignore[no-untyped-call]
         return updated
 
     def halves(self, slot: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -224,14 +224,10 @@ class Registry:
     def _download_whole(self, version: AdapterVersion, target: Path) -> None:
         """Fetch a version into `target`, which appears whole or not at all."""
         target.parent.mkdir(parents=True, exist_ok=True)
+        # `models:/` addresses would be looked up in the process-wide registry, which may be another one.
+        address = self._client.get_model_version_download_uri(version.task, str(version.version))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
-            staging = Path(parent) / "model"
-            mlflow.artifacts.download_artifacts(
-                f"models:/{version.task}/{version.version}",
-                dst_path=str(staging),
-                tracking_uri=self.tracking_uri,
-                registry_uri=self.tracking_uri,
-            )
+            staging = Path(mlflow.artifacts.download_artifacts(address, dst_path=parent, tracking_uri=self.tracking_uri))
             try:
                 staging.replace(target)
             except OSError:

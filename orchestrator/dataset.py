@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import random
@@ -84,32 +85,32 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
 def _read_examples(
     spec: TaskSpec, split: str, source: str | HubSource, problems: list[Problem], notes: list[str]
 ) -> list[Example]:
-    where, table = _load_table(spec, split, source)
+    where = Path(source).name if isinstance(source, str) else f"{source.hub} {source.split}"
+    table = _load_table(where, split, source, problems)
     needed = [*spec.columns, spec.data.label]
-    for column in needed:
-        if column not in table.column_names:
-            field = "data.label" if column == spec.data.label else "instruction"
-            fix = f"the columns are {', '.join(table.column_names)}; name one of them in {field} or data.text"
-            problems.append(Problem(where, column, "", f"column is missing, task {spec.name} needs it", fix))
-    if any(problem.where == where for problem in problems):
+    missing = [column for column in needed if column not in table] if table else []
+    for column in missing:
+        field = "data.label" if column == spec.data.label else "instruction"
+        fix = f"the columns are {', '.join(table)}; name one of them in {field} or data.text"
+        problems.append(Problem(where, column, "", f"column is missing, task {spec.name} needs it", fix))
+    if missing or not table:
         return []
     examples: dict[str, Example] = {}
     bad_labels: Counter[str] = Counter()
     first_row: dict[str, int] = {}
-    num_duplicates = 0
-    columns = {name: table[name] for name in needed}
-    for number in range(len(table)):
-        values = {name: _as_text(columns[name][number]) for name in needed}
+    num_duplicates = num_blank = 0
+    for number, cells in enumerate(zip(*(table[name] for name in needed), strict=True), start=1):
+        values = dict(zip(needed, map(_as_text, cells), strict=True))
         blank = [name for name, value in values.items() if not value.strip()]
         if blank:
-            fix = "fill it in or remove the row"
-            if sum(problem.where.startswith(f"{where}: row") for problem in problems) < NUM_SHOWN:
-                problems.append(Problem(f"{where}: row {number + 1}", blank[0], "", "is empty", fix))
+            num_blank += 1
+            if num_blank <= NUM_SHOWN:
+                problems.append(Problem(f"{where}: row {number}", blank[0], "", "is empty", "fill it in or remove the row"))
             continue
         label = values.pop(spec.data.label)
         if spec.labels is not None and label not in spec.labels:
             bad_labels[label] += 1
-            first_row.setdefault(label, number + 1)
+            first_row.setdefault(label, number)
             continue
         example = Example(hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16], values, label)
         num_duplicates += example.id in examples
@@ -122,27 +123,73 @@ def _read_examples(
     return list(examples.values())
 
 
-def _load_table(spec: TaskSpec, split: str, source: str | HubSource) -> tuple[str, Any]:
+def _load_table(where: str, split: str, source: str | HubSource, problems: list[Problem]) -> dict[str, Sequence[Any]]:
+    """Load columns by name; empty, with a problem noted, where the source cannot be read or has no rows."""
     if isinstance(source, HubSource):
-        where = f"{source.hub} {source.split}"
-        options: dict[str, Any] = {"path": source.hub, "name": source.config, "revision": source.revision}
-        options["split"] = source.split
         fix = "check id, split and network, or point to a local file"
     else:
-        where = Path(source).name
-        kind = LOCAL_SUFFIXES[Path(source).suffix.lower()]
-        options = {"path": kind, "data_files": source, "split": "train"}
         fix = f"check that the file is {Path(source).suffix.lower()[1:]} with one row per example"
-        if kind == "csv":
-            # Without keep_default_na=False an answer "None" or "NA" would become an empty cell.
-            options |= {"sep": "\t" if source.endswith(".tsv") else ",", "dtype": str, "keep_default_na": False}
-    datasets.disable_progress_bars()
     try:
-        return where, datasets.load_dataset(**options)
-    except Exception as error:  # `datasets` raises whatever its readers, pandas, pyarrow or the hub raise
+        table = _read_source(source)
+    except Exception as error:  # noqa: BLE001  `datasets` raises whatever its readers, pyarrow or the hub raise
         cause = error.__cause__ or error
         rule = f"cannot be read ({type(cause).__name__}: {str(cause)[:200]})"
-        raise DataError.of([Problem(where, f"data.{split}", "", rule, fix)]) from error
+        problems.append(Problem(where, f"data.{split}", "", rule, fix))
+        return {}
+    if not any(table.values()):
+        problems.append(Problem(where, f"data.{split}", "", "has no rows", fix))
+        return {}
+    return table
+
+
+def _read_source(source: str | HubSource) -> dict[str, Sequence[Any]]:
+    """Read text files here: `datasets` guesses types, so that a column of dates would come back as other text."""
+    if isinstance(source, HubSource):
+        options: dict[str, Any] = {"path": source.hub, "name": source.config, "revision": source.revision, "split": source.split}
+    else:
+        file = Path(source)
+        kind = LOCAL_SUFFIXES[file.suffix.lower()]
+        if kind == "csv":
+            return _read_csv(file)
+        if kind == "json":
+            return _read_json(file)
+        options = {"path": kind, "data_files": source, "split": "train"}
+    datasets.disable_progress_bars()
+    table = datasets.load_dataset(**options)
+    return {name: table[name] for name in table.column_names}
+
+
+def _read_csv(file: Path) -> dict[str, Sequence[Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = [row for row in csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True) if row]
+    header = rows[0] if rows else []
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise ValueError(f"column {twice[0]!r} appears twice")
+    for number, row in enumerate(rows[1:], start=1):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}; put text with separators in quotes")
+    return {name: [row[i] for row in rows[1:]] for i, name in enumerate(header)}
+
+
+def _read_json(file: Path) -> dict[str, Sequence[Any]]:
+    """One object per line, or one list of objects."""
+    text = file.read_text(encoding="utf-8-sig")
+    rows: list[Any] = []
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        # Not splitlines(), which also splits at the U+2028 that a JSON string may hold.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is not valid JSON: {error.msg}") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no object with the columns as keys")
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def _as_text(value: object) -> str:

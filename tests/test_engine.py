@@ -9,6 +9,8 @@ import math
 import random
 import shutil
 import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ import torch.nn.functional as F  # noqa: N812
 from conftest import FAMILIES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, TinyTask, item_of, tiny_prompt_format
+from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of, tiny_prompt_format
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from multilora.artifact import CARD, CONFIG, WEIGHTS, read_artifact
+from multilora.base_model import load_base
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.prompt import encode_prompt, label_wordings
+from multilora.spec import BaseSpec
 from serve.engine import Engine, Work
 
 AUTO_CLASS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "causal": AutoModelForCausalLM}
@@ -196,21 +200,24 @@ def test_no_requests_no_answers(bound):
     assert engine.classify([]) == []
 
 
-def test_tie_goes_to_the_label_listed_first(make_engine, tiny_adapter):
-    # To this base, which reads lower case only, the two labels are one.
-    for number, names in enumerate([("Yes", "yes"), ("yes", "Yes")]):
-        engine = make_engine("encoder")
-        key = engine.bind(tiny_adapter("encoder", TinyTask("tie", tuple((name, "") for name in names)), number), 1)
-        for answer in engine.classify([Work(key, engine.prompt(key, text)) for text in TEXTS]):
+def test_tie_goes_to_the_label_listed_first(base_folder, tmp_path):
+    # A base whose last layer gives one and the same vector for every token.
+    folder = shutil.copytree(base_folder("encoder"), tmp_path / "base")
+    last = "encoder.layer.1.output.LayerNorm"
+    state = load_file(folder / "model.safetensors")
+    state[f"{last}.weight"], state[f"{last}.bias"] = torch.zeros(64), F.one_hot(torch.tensor(0), 64).float()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    engine = Engine(load_base(BaseSpec(model=str(folder)), "cpu"), num_slots=1, max_rank=1)
+    for task in (CARDS, replace(CARDS, labels=CARDS.labels[::-1])):
+        for answer in engine.classify_zero_shot(tiny_prompt_format(task, "encoder"), [{"text": text} for text in TEXTS]):
             assert len(set(answer.scores)) == 1
-            assert answer.label == names[0]
+            assert answer.label == task.labels[0][0]
 
 
-@pytest.mark.parametrize("kind", ["seq2seq", "causal"])
-def test_labels_that_are_the_same_tokens_are_refused(make_engine, tiny_adapter, tmp_path, kind):
-    folder = copied(tiny_adapter(kind, MOOD), tmp_path)
-    edit_json(folder / CARD, labels=[["glad", ""], ["glad", "twice"]])
-    engine = make_engine(kind)
+def test_labels_that_are_the_same_tokens_are_refused(make_engine, tiny_adapter, tmp_path, family):
+    folder = copied(tiny_adapter(family, MOOD), tmp_path)
+    edit_json(folder / CARD, labels=[["glad", ""], ["glad", ""]])
+    engine = make_engine(family)
     with pytest.raises(AdapterError, match="two of the labels glad, glad are the same tokens to base"):
         engine.bind(read_artifact(folder), 1)
 
@@ -457,22 +464,38 @@ REFUSALS = {
 }
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def answering(request, fresh_base, tiny_adapter):
+    """An engine that answers for three tasks, which the refusals must not disturb: (engine, requests, their answers)."""
+    engine = Engine(fresh_base(request.param), num_slots=4, max_rank=8)
+    keys = [engine.bind(tiny_adapter(request.param, task, seed), 1) for seed, task in enumerate(TASKS)]
+    works = works_of(engine, keys, TEXTS[:2])
+    return engine, works, engine.classify(works)
+
+
 @pytest.mark.parametrize("spoil", REFUSALS, ids=lambda spoil: spoil.__name__)
-def test_what_does_not_fit_is_refused_by_name_while_the_others_keep_answering(bound, tiny_adapter, tmp_path, family, spoil):
-    if spoil is change_the_instruction and family == "encoder":
+def test_what_does_not_fit_is_refused_by_name_while_the_others_keep_answering(answering, tiny_adapter, tmp_path, spoil):
+    engine, works, answers = answering
+    good = tiny_adapter(engine.base.family, CARDS, 7)
+    if spoil is change_the_instruction and engine.base.family == "encoder":
         pytest.skip("an encoder reads the input columns alone")
-    engine, keys = bound(family)
-    works = works_of(engine, keys)
-    before, residents = engine.classify(works), engine.residents
-    folder = copied(tiny_adapter(family, CARDS, 7), tmp_path)
+    residents = engine.residents
+    folder = copied(good, tmp_path)
     spoil(folder)
     with pytest.raises(AdapterError, match=f"cards.*{REFUSALS[spoil]}"):
         engine.bind(read_artifact(folder), 2)
     assert engine.residents == residents
     with pytest.raises(UnknownTaskError):
         engine.prompt("cards@2", "card")
-    assert engine.classify(works) == before
-    assert engine.bind(tiny_adapter(family, CARDS, 7), 2) == "cards@2"
+    assert engine.classify(works) == answers
+
+
+def test_good_adapter_is_bound_after_refusals(answering, tiny_adapter):
+    engine, works, answers = answering
+    key = engine.bind(tiny_adapter(engine.base.family, CARDS, 7), 2)
+    assert engine.classify([Work(key, engine.prompt(key, "card"))])[0].labels == ("card lost", "card late", "rate")
+    engine.unbind(key)
+    assert engine.classify(works) == answers
 
 
 def test_adapter_without_effect_is_refused_even_with_fitting_canaries(make_engine, tiny_adapter, tmp_path, family):
@@ -555,3 +578,30 @@ def test_adapter_that_breaks_while_it_is_loaded_is_not_resident(bound):
     assert engine.residents == {}
     engine.bound(keys[0]).tensors[name] = (a_RI, b_OR)
     assert_same(engine.classify(works), before)
+
+
+# Cost and threads
+
+
+def test_cost_counts_what_the_base_reads(bound, family):
+    engine, (key, *_) = bound(family)
+    prompt = engine.prompt(key, "where is my card")
+    num_prompt, answers = len(prompt.token_ids), engine.bound(key).labels.token_ids
+    expected = {
+        "encoder": num_prompt,
+        "seq2seq": num_prompt + sum(map(len, answers)),
+        "causal": sum(num_prompt + len(answer) for answer in answers),
+    }
+    assert engine.num_tokens(Work(key, prompt)) == expected[family]
+
+
+def test_threads_answer_while_adapters_come_and_go(bound, tiny_adapter):
+    engine, keys = bound("encoder", num_slots=2)
+    works = works_of(engine, keys, TEXTS[:3])
+    before = engine.classify(works)
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(engine.classify, works) for _ in range(20)]
+        for seed in range(10):
+            engine.unbind(engine.bind(tiny_adapter("encoder", CARDS, seed % 2), 2))
+        for future in futures:
+            assert_same(future.result(), before)

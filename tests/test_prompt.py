@@ -38,6 +38,12 @@ def ids_of(tokenizer, text):
     return tuple(tokenizer(text)["input_ids"])
 
 
+def ids_of_prefixes(tokenizer, format_, columns, name):
+    """Token ids of the prompt for every beginning of one column, one batch call because there are hundreds."""
+    texts = [format_.render({**columns, name: columns[name][:end]}) for end in range(len(columns[name]) + 1)]
+    return {tuple(ids) for ids in tokenizer(texts)["input_ids"]}
+
+
 # Rendering
 
 
@@ -110,7 +116,7 @@ def test_long_input_loses_its_end_and_nothing_else(tokenizer, instruction):
         assert len(prompt.token_ids) <= format_.max_length_tokens
         assert columns == {"text": text}, "the caller's input is not changed"
         # Token for token the rendered prompt of some beginning of the text, however the tokenizer merges at the cut.
-        prefixes = {ids_of(tokenizer, format_.render({"text": text[:end]})) for end in range(len(text) + 1)}
+        prefixes = ids_of_prefixes(tokenizer, format_, columns, "text")
         assert prompt.token_ids in prefixes
         if prompt.is_truncated:
             num_truncated += 1
@@ -129,10 +135,7 @@ def test_only_the_longest_column_is_cut(tokenizer):
         format_ = prompt_format(COLUMNS, 140)
         prompt = encode_prompt(format_, columns, tokenizer)
         assert prompt.is_truncated
-        prefixes = {
-            ids_of(tokenizer, format_.render({**columns, long: columns[long][:end]})) for end in range(len(columns[long]))
-        }
-        assert prompt.token_ids in prefixes
+        assert prompt.token_ids in ids_of_prefixes(tokenizer, format_, columns, long)
 
 
 def test_several_long_columns_share_the_cut_and_the_frame_stays(tokenizer):

@@ -101,7 +101,7 @@ def assert_close(scores, expected):
 
 @pytest.mark.parametrize("has_grad", [True, False])
 def test_scores_equal_a_plain_forward_one_label_at_a_time(rig, has_grad):
-    items = [(task, text, slot) for task in TASKS for text in TEXTS[:5] for slot in (1, None, 0)]
+    items = [(task, text, slot) for task in TASKS for text in TEXTS[:3] for slot in (1, None, 0)]
     random.Random(0).shuffle(items)
     with torch.set_grad_enabled(has_grad):
         scores = score_labels(rig.base, rig.slots, [rig.row(*item) for item in items])

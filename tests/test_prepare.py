@@ -1,0 +1,148 @@
+"""From specs to prepared tasks: one task's bad data never stops another, and the run key is what decides the weights."""
+
+import json
+import shutil
+
+import pytest
+
+from multilora.base_files import find_base
+from multilora.spec import BaseSpec, TaskSpec
+from orchestrator.prepare import prepare
+
+ROWS = [{"text": f"example number {i}", "label": ("good", "bad")[i % 2]} for i in range(40)]
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def raw(tmp_path, base_folder):
+    """The plain values of a right spec."""
+    return {
+        "name": "mood",
+        "base": {"model": str(base_folder("encoder"))},
+        "data": {"train": str(write(tmp_path / "data.jsonl", ROWS))},
+        "instruction": "Judge {text} as {labels}",
+        "labels": {"good": "all is well", "bad": None},
+    }
+
+
+def prepared_of(raw, **changes):
+    ((task,), problems) = prepare([TaskSpec.model_validate({**raw, **changes})])
+    assert problems == []
+    return task
+
+
+def test_bad_tasks_do_not_stop_the_others(raw, tmp_path):
+    train = write(tmp_path / "bad.jsonl", [*ROWS, {"text": "x", "label": "odd"}, {"text": "", "label": "bad"}])
+    nowhere = str(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    changes = [
+        {"name": "first"},
+        {"name": "bad-data", "data": {"train": str(train)}},
+        {"name": "no-file", "data": {"train": str(tmp_path / "gone.jsonl")}},
+        {"name": "no-base", "base": {"model": nowhere}},
+        {"name": "no-base-either", "base": {"model": nowhere}},
+        {"name": "free-text", "labels": None, "instruction": "Rewrite {text}"},
+        {"name": "too-few", "data": {"train": str(write(tmp_path / "few.jsonl", ROWS[:2]))}},
+        {"name": "last", "gate": {"metric": "macro_f1"}},
+    ]
+    prepared, problems = prepare([TaskSpec.model_validate({**raw, **change}) for change in changes])
+    assert [task.spec.name for task in prepared] == ["first", "last"]
+    assert [(problem.where, problem.field) for problem in problems] == [
+        ("bad-data: bad.jsonl: row 42", "text"),
+        ("bad-data: bad.jsonl", "label"),
+        ("no-file: gone.jsonl", "data.train"),
+        ("no-base", "base.model"),
+        ("no-base-either", "base.model"),
+        ("free-text", "labels"),
+        ("too-few", "data"),
+    ]
+    assert all(problem.fix for problem in problems)
+    assert str(problems[5]) == (
+        "free-text: labels: free-text tasks cannot be trained by this version. Fix: list the labels, or leave the task out"
+    )
+    assert str(problems[3]).startswith(f"no-base: base.model: config.json of the base cannot be read: ")
+
+
+def test_no_specs():
+    assert prepare([]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "other-name"},
+        {"instruction": "Rate {text} as {labels}"},
+        {"labels": {"good": "all is very well", "bad": None}},
+        {"labels": {"bad": None, "good": "all is well"}},
+        {"lora": {"rank": 4}},
+        {"lora": {"alpha": 8.0}},
+        {"lora": {"dropout": 0.1}},
+        {"lora": {"target_modules": ["query"]}},
+        {"train": {"epochs": 3}},
+        {"train": {"learning_rate": 0.01}},
+        {"train": {"batch_size": 4}},
+        {"train": {"max_length": 64}},
+        {"train": {"seed": 1}},
+        {"train": {"early_stopping": 2}},
+        {"train": {"max_examples": 10}},
+    ],
+)
+def test_the_run_key_changes_with_what_decides_the_weights(raw, changes):
+    assert prepared_of(raw, **changes).run_key != prepared_of(raw).run_key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"description": "Judges moods."},
+        {"gate": {"min": 0.9, "margin": 0.05}},
+        {"resources": {"gpus": 0, "cpus": 1}},
+        {"lora": {"rank": 8, "alpha": 16}},
+    ],
+)
+def test_the_run_key_stays_with_everything_else(raw, changes):
+    assert prepared_of(raw, **changes).run_key == prepared_of(raw).run_key
+
+
+def test_the_run_key_follows_the_data_and_not_the_file(raw, tmp_path):
+    key = prepared_of(raw).run_key
+    assert prepared_of(raw, data={"train": str(write(tmp_path / "copy.jsonl", ROWS))}).run_key == key
+    assert prepared_of(raw, data={"train": str(write(tmp_path / "more.jsonl", [*ROWS, {"text": "x", "label": "bad"}]))}).run_key != key
+    relabelled = [{**ROWS[0], "label": "bad"}, *ROWS[1:]]
+    assert prepared_of(raw, data={"train": str(write(tmp_path / "relabelled.jsonl", relabelled))}).run_key != key
+
+
+def test_the_run_key_follows_the_base_and_not_its_folder(raw, base_folder, tmp_path):
+    key = prepared_of(raw).run_key
+    copy = shutil.copytree(base_folder("encoder"), tmp_path / "copy")
+    assert prepared_of(raw, base={"model": str(copy)}).run_key == key
+    assert prepared_of(raw, base={"model": str(copy), "dtype": "bfloat16"}).run_key != key
+    assert prepared_of(raw, base={"model": str(base_folder("causal"))}).run_key != key
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert prepared_of(raw, base={"model": str(copy)}).run_key != key
+
+
+def test_the_gate_hash_follows_the_gate_alone(raw):
+    first = prepared_of(raw).gate_hash
+    assert prepared_of(raw, train={"epochs": 3}).gate_hash == first
+    assert len({first, *(prepared_of(raw, gate=gate).gate_hash for gate in ({"min": 0.5}, {"margin": 0.01}, {"metric": "macro_f1"}))}) == 4
+
+
+@pytest.mark.parametrize("kind", ["encoder", "seq2seq"])
+def test_the_need_counts_what_the_base_reads(raw, base_folder, kind):
+    task = prepared_of(raw, base={"model": str(base_folder(kind))}, train={"epochs": 3, "batch_size": 8})
+    need, files = task.need, find_base(BaseSpec(model=str(base_folder(kind))))
+    assert (need.task, need.num_train, need.epochs, need.batch_size) == ("mood", len(task.dataset.train), 3, 8)
+    assert (need.num_base_parameters, need.num_layers, need.hidden_size) == (files.num_parameters, 2, 64)
+    text = sum(len(example.columns["text"]) for example in task.dataset.train) / len(task.dataset.train)
+    # A generative base reads instruction and labels too, an encoder the input alone.
+    prompt = 0 if kind == "encoder" else len("Judge {text} as {labels}") + len("good: all is well") + len("bad")
+    assert need.tokens_per_example == pytest.approx((text + prompt) / 4 + 2)
+    assert prepared_of(raw, train={"max_length": 8}).need.tokens_per_example <= 8

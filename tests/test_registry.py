@@ -1,0 +1,233 @@
+"""The registry over a real MLflow: writes can be repeated, only champions are served, a version is fetched whole and once."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+from tiny_adapters import CARDS, TEXTS
+
+import serve.pyfunc_model as pyfunc_model
+from multilora.artifact import read_artifact
+from multilora.errors import RegistryError
+from multilora.registry import CHALLENGER, CHAMPION, Registry
+from serve.engine import Engine, Work
+
+CODE = Path(pyfunc_model.__file__)
+
+
+@pytest.fixture
+def register(registry, tmp_path):
+    """Register a folder with one small file as a task's next version."""
+
+    def make(task, digest="d" * 64, run_key="", **tags):
+        folder = tmp_path / digest[:12] / "adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "content.txt").write_text(digest)
+        run = registry.find_run(task, run_key or digest) or registry.start_run(task, run_key or digest, {}, {})
+        return registry.register(run, folder, digest, CODE, f"about {task}", tags)
+
+    return make
+
+
+# Runs
+
+
+def test_run_is_found_again_by_its_key(registry):
+    run = registry.start_run("run-key", "k1", {"lora.rank": 8}, {"status": "PLANNED", "git": "abc"})
+    found = registry.find_run("run-key", "k1")
+    assert found.run_id == run.run_id
+    assert (found.task, found.run_key, found.status, found.tags["git"]) == ("run-key", "k1", "PLANNED", "abc")
+    assert registry.find_run("run-key", "k2") is None
+    assert registry.find_run("no-such-task", "k1") is None
+
+
+def test_runs_of_a_task_are_listed_newest_first(registry):
+    made = [registry.start_run("run-list", f"k{number}", {}, {}).run_id for number in range(3)]
+    assert sorted(run.run_id for run in registry.runs("run-list")) == sorted(made)
+    assert registry.runs("no-such-task") == []
+    assert "run-list" in registry.tasks()
+
+
+def test_run_keeps_tags_metrics_params_and_texts(registry):
+    run = registry.start_run("run-log", "k", {"train.epochs": 3, "long": "x" * 7000}, {"status": "PLANNED"})
+    registry.set_tags(run.run_id, {"status": "TRAINING", "end_reason": "y" * 6000})
+    registry.log_metrics(run.run_id, [("train/loss", 1 / (step + 1), step, 1_000 + step) for step in range(1500)])
+    registry.log_texts(run.run_id, {"spec.json": '{"name": "run-log"}'})
+    registry.end_run(run.run_id, is_ok=True)
+    found = registry.find_run("run-log", "k")
+    assert found.status == "TRAINING"
+    assert len(found.tags["end_reason"]) == 5000
+    assert found.metrics["train/loss"] == pytest.approx(1 / 1500)
+    stored = MlflowClient(registry.tracking_uri).get_run(run.run_id)
+    assert stored.data.params["train.epochs"] == "3"
+    assert stored.info.status == "FINISHED"
+    assert json.loads(mlflow.artifacts.load_text(f"{stored.info.artifact_uri}/spec.json")) == {"name": "run-log"}
+
+
+def test_failed_run_is_closed_as_failed(registry):
+    run = registry.start_run("run-fail", "k", {}, {})
+    registry.end_run(run.run_id, is_ok=False)
+    assert MlflowClient(registry.tracking_uri).get_run(run.run_id).info.status == "FAILED"
+
+
+# Versions
+
+
+def test_registering_again_gives_the_same_version(registry, register):
+    first = register("same", base="tiny")
+    assert (first.task, first.version, first.digest, first.key) == ("same", 1, "d" * 64, "same@1")
+    assert first.tags["base"] == "tiny"
+    assert register("same", base="tiny") == first
+    assert [version.version for version in registry.versions("same")] == [1]
+
+
+def test_retrained_adapter_of_a_run_is_a_new_version(registry, register):
+    register("retrained", "a" * 64, run_key="k")
+    second = register("retrained", "b" * 64, run_key="k")
+    assert (second.version, second.digest) == (2, "b" * 64)
+    run = registry.find_run("retrained", "k")
+    assert registry.version_of_run(run) == second
+    assert registry.version_of_run(replace(run, run_id="0" * 32)) is None
+    assert [version.digest[0] for version in registry.versions("retrained")] == ["a", "b"]
+
+
+def test_version_shows_tags_and_description(registry, register):
+    version = register("described")
+    registry.tag_version(version, {"verdict": "NON_INFERIOR", "reasons": "z" * 6000})
+    registry.describe_version(version, "**NON_INFERIOR**")
+    (found,) = registry.versions("described")
+    assert found.tags["verdict"] == "NON_INFERIOR"
+    assert len(found.tags["reasons"]) == 5000
+    client = MlflowClient(registry.tracking_uri)
+    assert client.get_model_version("described", "1").description == "**NON_INFERIOR**"
+    assert client.get_registered_model("described").description == "about described"
+
+
+# Aliases
+
+
+def test_alias_moves_and_can_be_dropped(registry, register):
+    first, second = register("alias", "a" * 64), register("alias", "b" * 64)
+    assert registry.by_alias("alias", CHAMPION) is None
+    registry.set_alias(first, CHAMPION)
+    registry.set_alias(second, CHALLENGER)
+    assert registry.by_alias("alias", CHAMPION) == first
+    registry.set_alias(second, CHAMPION)
+    assert registry.by_alias("alias", CHAMPION) == second
+    for _ in range(2):  # dropping what is not there is no error
+        registry.drop_alias("alias", CHAMPION)
+    assert registry.by_alias("alias", CHAMPION) is None
+    assert registry.by_alias("alias", CHALLENGER) == second
+
+
+def test_task_without_versions_has_no_champion(registry):
+    assert registry.by_alias("no-such-task", CHAMPION) is None
+    assert registry.versions("no-such-task") == []
+
+
+def test_champions_are_this_programs_models_with_that_alias(registry, register):
+    crowned, waiting = register("crowned"), register("waiting")
+    registry.set_alias(crowned, CHAMPION)
+    registry.set_alias(waiting, CHALLENGER)
+    client = MlflowClient(registry.tracking_uri)
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", "file:///nowhere")
+    client.set_registered_model_alias("foreign", CHAMPION, "1")
+    champions = registry.champions()
+    assert champions["crowned"] == crowned
+    assert not {"waiting", "foreign"} & set(champions)
+    registry.drop_alias("crowned", CHAMPION)
+    assert "crowned" not in registry.champions()
+
+
+@pytest.mark.slow
+def test_more_champions_than_a_page_holds(tmp_path):
+    registry = Registry(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(registry.tracking_uri, registry_uri=registry.tracking_uri)
+    names = [f"task-{number:03}" for number in range(105)]
+    for name in names:
+        client.create_registered_model(name, tags={"orchestrator": "1"})
+        client.create_model_version(name, "file:///nowhere", tags={"digest": name})
+        client.set_registered_model_alias(name, CHAMPION, "1")
+    assert [(task, version.digest) for task, version in registry.champions().items()] == [(name, name) for name in names]
+
+
+# Download
+
+
+def test_version_is_fetched_whole_and_once(registry, register, tmp_path):
+    version = register("fetched")
+    folder = registry.download(version, tmp_path / "downloads")
+    assert (folder / "content.txt").read_text() == version.digest
+    (folder / "mark").touch()
+    assert registry.download(version, tmp_path / "downloads") == folder
+    assert (folder / "mark").exists()
+
+
+def test_many_processes_may_share_the_folder(registry, register, tmp_path):
+    version = register("shared")
+    others = [Registry(registry.tracking_uri) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        folders = set(threads.map(lambda other: other.download(version, tmp_path / "downloads"), others))
+    assert len(folders) == 1
+    assert [path.name for path in folders.pop().iterdir()] == ["content.txt"]
+    assert [path.name for path in (tmp_path / "downloads" / "shared").iterdir()] == [f"1-{'d' * 12}"]
+
+
+def test_same_version_number_of_another_registry_is_fetched_apart(registry, register, tmp_path):
+    version = register("twofold")
+    other = replace(version, digest="e" * 64)
+    assert registry.download(version, tmp_path / "downloads") != registry.download(other, tmp_path / "downloads")
+
+
+def test_failed_download_leaves_nothing(registry, register, tmp_path):
+    missing = replace(register("partial"), version=7)
+    with pytest.raises(RegistryError, match=registry.tracking_uri):
+        registry.download(missing, tmp_path / "downloads")
+    assert list((tmp_path / "downloads" / "partial").iterdir()) == []
+
+
+def test_folder_that_cannot_be_written_is_a_registry_error(registry, register, tmp_path):
+    (tmp_path / "downloads").touch()
+    with pytest.raises(RegistryError, match="downloads"):
+        registry.download(register("unwritable"), tmp_path / "downloads")
+
+
+# Failure
+
+
+def test_server_that_is_away_is_named(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    registry = Registry("http://127.0.0.1:9")
+    calls = (registry.initialise, registry.champions, registry.tasks, lambda: registry.by_alias("cards", CHAMPION))
+    for call in calls:
+        with pytest.raises(RegistryError, match=r"MLflow at http://127.0.0.1:9 failed: .*check MLFLOW_TRACKING_URI"):
+            call()
+
+
+# The registered version as an MLflow model
+
+
+def test_pyfunc_model_predicts_what_the_engine_answers(registry, tiny_adapter, fresh_base):
+    artifact = tiny_adapter("encoder", CARDS)
+    run = registry.start_run("pyfunc", "k", {}, {})
+    version = registry.register(run, artifact.folder, artifact.digest, CODE, "", {})
+    registry.set_alias(version, CHAMPION)
+    mlflow.set_tracking_uri(registry.tracking_uri)
+    model = mlflow.pyfunc.load_model(f"models:/pyfunc@{CHAMPION}")
+    registry.drop_alias("pyfunc", CHAMPION)
+    engine = Engine(fresh_base("encoder"), num_slots=1, max_rank=4)
+    key = engine.bind(artifact, 1)
+    answers = engine.classify([Work(key, engine.prompt(key, text)) for text in TEXTS])
+    assert list(model.predict(list(TEXTS))) == [answer.label for answer in answers]
+    assert list(model.predict([TEXTS[0]])) == [answers[0].label]
+
+
+def test_downloaded_adapter_is_the_registered_one(registry, tiny_adapter, tmp_path):
+    artifact = tiny_adapter("causal", CARDS)
+    version = registry.register(registry.start_run("whole", "k", {}, {}), artifact.folder, artifact.digest, CODE, "", {})
+    assert read_artifact(registry.download(version, tmp_path), version.digest).card == artifact.card
