@@ -227,7 +227,9 @@ class Registry:
         # `models:/` addresses would be looked up in the process-wide registry, which may be another one.
         address = self._client.get_model_version_download_uri(version.task, str(version.version))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
-            staging = Path(mlflow.artifacts.download_artifacts(address, dst_path=parent, tracking_uri=self.tracking_uri))
+            # Not `parent` itself, which only its owner may read.
+            staging = Path(parent) / "model"
+            mlflow.artifacts.download_artifacts(address, dst_path=str(staging), tracking_uri=self.tracking_uri)
             try:
                 staging.replace(target)
             except OSError:

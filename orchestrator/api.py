@@ -28,7 +28,7 @@ from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller, TaskWork, Update, git_sha
 from orchestrator.judge import VerdictKind
-from orchestrator.plan import Plan, plan_groups
+from orchestrator.plan import ClusterSize, Plan, plan_groups
 from orchestrator.prepare import PreparedTask, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report, write_report
 from orchestrator.state import Action, Status
@@ -183,7 +183,7 @@ def _submit(
         needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
         planned = plan_groups(needs, size, config.max_slots)
         on_plan(PlannedSubmission(planned, tuple(prepared), unchanged, tuple(problems)))
-        checked = _carry_out(controller, works, planned)
+        checked = _carry_out(controller, works, planned, size)
     outcomes = tuple(controller.outcome_of(work) for work in works) + _untouched(registry, checked, works)
     facts = {
         "version": installed_version("adapter-orchestrator"),
@@ -205,7 +205,7 @@ def _standing_outcome(works: Sequence[TaskWork]) -> Outcome:
     return Outcome.HOLD if refused else Outcome.CLEAR
 
 
-def _carry_out(controller: Controller, works: Sequence[TaskWork], planned: Plan) -> dict[str, str]:
+def _carry_out(controller: Controller, works: Sequence[TaskWork], planned: Plan, size: ClusterSize) -> dict[str, str]:
     refused = dict(planned.refused)
     for work in works:
         work.error = refused.get(work.task, "")
@@ -213,7 +213,7 @@ def _carry_out(controller: Controller, works: Sequence[TaskWork], planned: Plan)
     for work in to_train:
         controller.start_run(work)
     if to_train:
-        controller.train(to_train, planned.groups)
+        controller.train(to_train, planned.groups, size)
     for work in works:
         if work.action is Action.REGISTER:
             controller.register(work)

@@ -25,7 +25,7 @@ from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
 from orchestrator.evaluate import EvalItem, EvalReport, load_reports, store_reports
 from orchestrator.judge import GateInput, Verdict, judge
-from orchestrator.plan import TrainingGroup
+from orchestrator.plan import ClusterSize, TrainingGroup, has_room
 from orchestrator.prepare import PreparedTask
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, advance, next_action
@@ -115,23 +115,21 @@ class Controller:
             self._registry.log_texts(work.run.run_id, {"spec.json": prepared.spec.model_dump_json(indent=2)})
         self._move(work, Event.STARTED)
 
-    def train(self, works: Sequence[TaskWork], groups: Sequence[TrainingGroup]) -> None:
-        """Train all groups side by side, registering every adapter as it finishes.
+    def train(self, works: Sequence[TaskWork], groups: Sequence[TrainingGroup], size: ClusterSize) -> None:
+        """Train groups side by side as far as the cluster has room, registering every adapter as it finishes.
 
-        On KeyboardInterrupt workers save and end, runs become CANCELLED, and the interrupt goes on to the caller.
+        Groups wait here and not in Ray, which gives up on a worker that finds no room in time. On KeyboardInterrupt
+        workers save and end, runs become CANCELLED, and the interrupt goes on to the caller.
         """
         by_key = {work.prepared.run_key: work for work in works}
         by_task = {work.task: work for work in works}
         mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        running = []
-        for group in groups:
-            members = tuple(self._member(by_task[name].prepared) for name in group.members)
-            threads = max(1, int(group.cpus))
-            task = GroupTask(group.base, members, group.num_slots, threads, self._config.checkpoint_every_s, mailbox)
-            running.append(RunningGroup(self._config, group, task, f"{group.group_id}-{stamp}"))
+        waiting, running = list(groups), list[RunningGroup]()
         try:
-            while any(started.is_running for started in running):
+            while waiting or any(started.is_running for started in running):
+                busy = [started.group for started in running if started.is_running]
+                if waiting and has_room(waiting[0], busy, size):
+                    running.append(self._start_group(waiting.pop(0), by_task, mailbox))
                 self._handle(ray.get(mailbox.take.remote()), by_key)
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
@@ -267,6 +265,12 @@ class Controller:
             baselines=baselines,
             error=work.error,
         )
+
+    def _start_group(self, group: TrainingGroup, by_task: dict[str, TaskWork], mailbox: Any) -> RunningGroup:
+        members = tuple(self._member(by_task[name].prepared) for name in group.members)
+        threads = max(1, int(group.cpus))
+        task = GroupTask(group.base, members, group.num_slots, threads, self._config.checkpoint_every_s, mailbox)
+        return RunningGroup(self._config, group, task, f"{group.group_id}-{time.time_ns()}")
 
     def _handle(self, events: Iterable[TrainEvent], by_key: dict[str, TaskWork]) -> None:
         points: dict[str, list[tuple[str, float, int, int]]] = {}

@@ -118,6 +118,12 @@ def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int)
     return Plan(tuple(ordered), tuple(sorted(refused)))
 
 
+def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterSize) -> bool:
+    """Whether a group can start beside the running ones."""
+    used_cpus, used_gpus = sum(other.cpus for other in busy), sum(other.gpus for other in busy)
+    return used_cpus + group.cpus <= size.num_cpus and used_gpus + group.gpus <= size.num_gpus
+
+
 def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, float]:
     gpus = resources.gpus if resources.gpus is not None else float(cluster.num_gpus >= 1)
     cpus = resources.cpus if resources.cpus is not None else (1.0 if gpus else max(1.0, cluster.max_cpus_per_node))

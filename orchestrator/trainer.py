@@ -38,6 +38,7 @@ NUM_CANARIES = 4
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 8192}
 """What one forward and backward costs beside its tokens, in tokens."""
+NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,21 @@ class GroupTrainer:
     def __init__(
         self, base: FrozenBase, members: Sequence[Member], num_slots: int, on_event: Callable[[TrainEvent], None]
     ) -> None:
-        """Wrap the base for training. Raises AdapterError where a member's target modules match nothing."""
+        """Wrap the base for training. A member whose target modules match nothing fails at once."""
         self.base = base
         self._on_event = on_event
-        self._modules_of = {m.run_key: match_modules(base.model, m.spec.lora.target_modules) for m in members}
+        self._modules_of: dict[str, list[str]] = {}
+        for member in members:
+            try:
+                self._modules_of[member.run_key] = match_modules(base.model, member.spec.lora.target_modules)
+            except AdapterError as error:
+                self._refuse(member, error)
+        self._waiting = [member for member in members if member.run_key in self._modules_of]
         wanted = {name for names in self._modules_of.values() for name in names}
         ordered = [name for name in match_modules(base.model, "all-linear") if name in wanted]
-        max_rank = max(member.spec.lora.rank for member in members)
-        self.num_slots = min(num_slots, len(members))
+        max_rank = max((member.spec.lora.rank for member in self._waiting), default=1)
+        self.num_slots = min(num_slots, len(self._waiting))
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
-        self._waiting = list(members)
         self._active: list[AdapterRun] = []
 
     def train(self, should_stop: Callable[[], bool], checkpoint_every_s: float) -> bool:
@@ -180,7 +186,7 @@ class GroupTrainer:
         """Clip, step and count every active adapter by itself; one whose loss is not finite ends as failed."""
         for run in list(self._active):
             if not math.isfinite(losses[run.slot]):
-                self._fail(run, "loss is not finite; lower train.learning_rate, or use base.dtype float32")
+                self._fail(run, NOT_FINITE)
                 continue
             parameter = run.optimizer.param_groups[0]["params"][0]
             torch.nn.utils.clip_grad_norm_([parameter], MAX_GRAD_NORM)
@@ -284,12 +290,15 @@ class GroupTrainer:
                 run = self._start(member, slot)
             except (DataError, AdapterError) as error:
                 self.slots.clear(slot)
-                self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, _now_ms(), message=str(error)))
+                self._refuse(member, error)
                 continue
             self._active.append(run)
             self._active.sort(key=lambda active: active.slot)
             self._emit(run, "started", {})
         return bool(self._active)
+
+    def _refuse(self, member: Member, error: Exception) -> None:
+        self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, _now_ms(), message=str(error)))
 
     def _report_if_trained(self, member: Member) -> bool:
         """A worker that died after this adapter was written starts again with it in the list; it must not train twice."""
@@ -332,6 +341,9 @@ class GroupTrainer:
         gold = [run.labels.names.index(example.label) for example in run.member.select]
         answers = [run.labels.names[int(score.argmax())] for score in scores]
         select_loss = -sum(float(s.log_softmax(-1)[g]) for s, g in zip(scores, gold, strict=True)) / len(gold)
+        if not math.isfinite(select_loss):
+            self._fail(run, NOT_FINITE)
+            return
         metric = run.member.spec.gate.metric
         value = METRICS[metric]([example.label for example in run.member.select], answers)
         # The loss breaks the many ties that a small select split has.

@@ -133,4 +133,6 @@ def _result(answer: Answer) -> ClassifyResult:
 
 
 def _error_body(message: str, kind: str) -> dict[str, Any]:
-    return ErrorBody(error=ErrorDetail(message=message, type=kind)).model_dump()
+    # A message may quote what the caller sent, also characters that UTF-8 cannot carry.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    return ErrorBody(error=ErrorDetail(message=shown, type=kind)).model_dump()

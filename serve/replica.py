@@ -212,6 +212,8 @@ class Replica:
     async def _bind(self, version: AdapterVersion) -> None:
         folder = await asyncio.to_thread(self._registry.download, version, self._config.downloads_dir)
         artifact = await asyncio.to_thread(read_artifact, folder, version.digest)
+        if artifact.card.task != version.task:
+            raise AdapterError(f"{version.key} holds an adapter of task {artifact.card.task}: register it under that name")
         spec = artifact.card.base
         if spec not in self._servers:
             base = await asyncio.to_thread(load_base, spec)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 # No test touches the network; set before transformers and huggingface_hub read it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Waiting threads sleep; torch reads this when it is imported.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
@@ -105,7 +107,10 @@ def tiny_adapter(fresh_base: FreshBase, random_adapter: RandomAdapter, tmp_path_
 
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """An MLflow registry on sqlite, shared by the session because setting it up takes seconds: use task names of your own."""
+    """An MLflow registry on sqlite, shared by the session because setting it up takes seconds.
+
+    Use task names of your own and leave no champions behind.
+    """
     # MLflow takes seconds to import; only tests that ask for it pay.
     from multilora.registry import Registry
 

@@ -6,16 +6,20 @@ keeping the engine's thread busy; nothing waits for a clock.
 
 import asyncio
 import json
+import shutil
 import threading
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of
 
 import serve.pyfunc_model as pyfunc_model
-from multilora.artifact import CARD, WEIGHTS
+from multilora.artifact import CARD, WEIGHTS, read_artifact
 from multilora.registry import CHAMPION
 from serve.app import build_app
 from serve.config import ServeConfig
@@ -25,7 +29,8 @@ from serve.replica import Replica
 pytestmark = pytest.mark.anyio
 CODE = Path(pyfunc_model.__file__)
 CARDS_1, CARDS_2, MOOD_1, MAIL_1 = ("encoder", CARDS, 1), ("encoder", CARDS, 2), ("encoder", MOOD, 1), ("encoder", MAIL, 1)
-CARDS_SEQ2SEQ = ("seq2seq", CARDS, 1)
+LETTERS_1 = ("seq2seq", replace(CARDS, name="letters"), 1)
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
@@ -87,9 +92,13 @@ def serving(registry, tmp_path):
 def expected(fresh_base, tiny_adapter):
     """Probabilities that an adapter gives alone: expected(("encoder", CARDS, 1), texts)."""
 
-    def answer(made_of, texts):
+    @cache
+    def engine_of(made_of):
         engine = Engine(fresh_base(made_of[0]), num_slots=1, max_rank=8)
-        key = engine.bind(tiny_adapter(*made_of), 1)
+        return engine, engine.bind(tiny_adapter(*made_of), 1)
+
+    def answer(made_of, texts):
+        engine, key = engine_of(made_of)
         works = [Work(key, engine.prompt(key, item_of(made_of[1], text))) for text in texts]
         return [dict(zip(a.labels, a.probabilities, strict=True)) for a in engine.classify(works)]
 
@@ -162,14 +171,373 @@ async def test_long_input_says_that_it_was_cut(crown, serving):
         assert [result["is_truncated"] for result in body["results"]] == [True, False]
 
 
-async def test_mixed_tasks_at_once_over_two_bases_with_few_slots(crown, serving, expected, registry, tiny_adapter):
-    crown(CARDS_1, MOOD_1, MAIL_1)
-    artifact = tiny_adapter(*CARDS_SEQ2SEQ)
-    other = registry.register(registry.start_run("letters", "k", {}, {}), artifact.folder, artifact.digest, CODE, "", {})
-    assert other.task == "letters"
+async def test_mixed_tasks_at_once_over_two_bases_with_few_slots(crown, serving, expected):
+    tasks = [CARDS_1, LETTERS_1, MOOD_1, MAIL_1]
+    crown(*tasks)
     async with serving(num_slots=2, max_batch_tokens=64) as (replica, client):
         await replica.sync()
-        tasks = [CARDS_1, MOOD_1, MAIL_1] * 4
-        responses = await asyncio.gather(*(ask(client, made_of[1], TEXTS[:5]) for made_of in tasks))
-        for made_of, response in zip(tasks, responses, strict=True):
-            assert_probabilities(response, expected(made_of, TEXTS[:5]))
+        responses = await asyncio.gather(*(ask(client, made_of[1], TEXTS[:3]) for made_of in tasks * 4))
+        for made_of, response in zip(tasks * 4, responses, strict=True):
+            assert_probabilities(response, expected(made_of, TEXTS[:3]))
+
+
+async def test_models_lists_what_answers(crown, serving):
+    version = crown(CARDS_1, MAIL_1)
+    async with serving(num_slots=1) as (replica, client):
+        await replica.sync()
+        body = (await client.get("/v1/models")).json()
+        cards, mail = body["data"]
+        assert (cards["id"], mail["id"], body["broken"]) == ("cards", "mail", {})
+        assert (mail["version"], mail["digest"]) == (version.version, version.digest)
+        assert cards["labels"] == ["card lost", "card late", "rate"]
+        assert mail["columns"] == ["subject", "body"]
+        assert [cards["is_resident"], mail["is_resident"]] == [False, True]
+        assert cards["base"].endswith("encoder")
+
+
+# Refused requests
+
+
+BAD_BODIES = [
+    ({"model": "cards", "input": "a", "temperature": 1}, "temperature"),
+    ({"model": "cards"}, "body.input"),
+    ({"input": "a"}, "body.model"),
+    ({"model": "cards", "input": 3}, "body.input"),
+    ({"model": "cards", "input": [["a"]]}, "body.input"),
+    ({"model": "cards", "input": "a" * 100_001}, "100000 characters"),
+    ([], "body"),
+    ({"model": "cards", "input": []}, "a request takes 1 to 4 inputs, this one has 0"),
+    ({"model": "cards", "input": ["a"] * 5}, "a request takes 1 to 4 inputs, this one has 5"),
+    ({"model": "mail", "input": "a"}, "input must give the columns subject, body; it gives body"),
+    ({"model": "mail", "input": {"body": "a"}}, "input must give the columns subject, body; it gives body"),
+    ({"model": "cards", "input": ["a", {"txt": "b"}]}, "input must give the columns text; it gives txt"),
+    ({"model": "cards", "input": {}}, "it gives none"),
+    # Half a surrogate pair: JSON can carry it, UTF-8 cannot.
+    ({"model": "cards", "input": "\ud800"}, "unicode"),
+    ({"model": "cards", "input": {"\ud800": "a"}}, r"it gives \ud800"),
+    ({"model": "cards", "input": "a", "\ud800": "a"}, "body"),
+]
+
+
+async def test_bad_bodies_are_refused_with_what_is_wrong(crown, serving):
+    crown(CARDS_1, MAIL_1)
+    async with serving(max_inputs_per_request=4) as (replica, client):
+        await replica.sync()
+        for body, seen in BAD_BODIES:
+            error = error_of(await client.post("/v1/classify", content=json.dumps(body), headers=JSON), 422)
+            assert error["type"] == "RequestError"
+            assert seen in error["message"], body
+        assert replica._in_flight.total() == 0
+
+
+async def test_bodies_that_are_no_json_are_refused(serving):
+    async with serving() as (_, client):
+        for content in (b"", b"{", b"\xff\xfe", b"null", b'{"model": "cards", "input": NaN}'):
+            response = await client.post("/v1/classify", content=content, headers=JSON)
+            assert error_of(response, 422)["type"] == "RequestError", content
+
+
+async def test_unknown_task_lists_the_tasks(crown, serving):
+    crown(CARDS_1, MOOD_1)
+    async with serving() as (replica, client):
+        response = await client.post("/v1/classify", json={"model": "weather", "input": "a"})
+        assert error_of(response, 404)["message"] == "there is no task 'weather'; tasks are none yet"
+        await replica.sync()
+        for name in ("weather", "cards@1", "Cards", ""):
+            response = await client.post("/v1/classify", json={"model": name, "input": "a"})
+            assert error_of(response, 404)["message"] == f"there is no task {name!r}; tasks are cards, mood"
+
+
+async def test_other_routes_are_refused_in_the_same_shape(serving):
+    async with serving() as (_, client):
+        for method, path, status in (("GET", "/v1/classify", 405), ("GET", "/nowhere", 404), ("POST", "/healthz", 405)):
+            assert path in error_of(await client.request(method, path), status)["message"]
+
+
+async def test_full_queue_is_429_with_retry_after_and_loses_nothing(crown, serving, expected):
+    crown(CARDS_1)
+    async with serving(max_queue_inputs=4) as (replica, client):
+        await replica.sync()
+        server = replica._server_of[replica._keys["cards"]]
+        with engine_held(replica, CARDS):
+            first = asyncio.create_task(ask(client, CARDS, TEXTS[:1]))
+            await until(lambda: replica._in_flight.total() == 1 and server.num_waiting == 0)
+            second = asyncio.create_task(ask(client, CARDS, TEXTS[:4]))
+            await until(lambda: server.num_waiting == 4)
+            third = await ask(client, CARDS, TEXTS[:1])
+            assert error_of(third, 429) == {"message": "4 inputs are waiting; retry in a second", "type": "CapacityError"}
+            assert third.headers["retry-after"] == "1"
+        assert_probabilities(await first, expected(CARDS_1, TEXTS[:1]))
+        assert_probabilities(await second, expected(CARDS_1, TEXTS[:4]))
+        assert_probabilities(await ask(client, CARDS, TEXTS[:4]), expected(CARDS_1, TEXTS[:4]))
+        assert replica._in_flight.total() == 0
+
+
+# Health
+
+
+async def test_health_and_readiness(crown, serving):
+    crown(CARDS_1)
+    async with serving() as (replica, client):
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+        before = await client.get("/readyz")
+        assert (before.status_code, before.json()) == (503, {"is_ready": False})
+        await replica.sync()
+        after = await client.get("/readyz")
+        assert (after.status_code, after.json()) == (200, {"is_ready": True})
+
+
+async def test_registry_without_champions_is_ready_and_empty(serving):
+    async with serving() as (replica, client):
+        await replica.sync()
+        assert (await client.get("/readyz")).status_code == 200
+        assert (await client.get("/v1/models")).json() == {"data": [], "broken": {}}
+
+
+# Promotion
+
+
+async def test_promotion_and_roll_back_swap_the_version(crown, serving, expected):
+    first = crown(CARDS_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        second = crown(CARDS_2)
+        assert (await ask(client, CARDS, TEXTS[:1])).json()["digest"] == first.digest
+        for version, made_of in ((second, CARDS_2), (first, CARDS_1), (second, CARDS_2)):
+            crown(made_of)
+            await replica.sync()
+            response = await ask(client, CARDS, TEXTS)
+            assert (response.json()["version"], response.json()["digest"]) == (version.version, version.digest)
+            assert_probabilities(response, expected(made_of, TEXTS))
+            (bound,) = {key for server in replica._servers.values() for key in server.engine._bound}
+            assert bound == version.key, "the version before is unbound"
+
+
+async def test_requests_in_flight_finish_on_their_version(crown, serving, expected):
+    first = crown(CARDS_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        with engine_held(replica, CARDS):
+            early = [asyncio.create_task(ask(client, CARDS, TEXTS)) for _ in range(3)]
+            await until(lambda: replica._in_flight[first.key] == 3)
+            second = crown(CARDS_2)
+            await replica.sync()
+            late = asyncio.create_task(ask(client, CARDS, TEXTS))
+            await until(lambda: replica._in_flight[second.key] == 1)
+        for task in early:
+            response = await task
+            assert response.json()["digest"] == first.digest
+            assert_probabilities(response, expected(CARDS_1, TEXTS))
+        assert (await late).json()["digest"] == second.digest
+        assert_probabilities(await late, expected(CARDS_2, TEXTS))
+        await replica.sync()
+        assert set(replica._versions) == {second.key}
+
+
+async def test_roll_back_to_a_version_that_still_has_requests_is_at_once(crown, serving):
+    first = crown(CARDS_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        with engine_held(replica, CARDS):
+            early = asyncio.create_task(ask(client, CARDS, TEXTS))
+            await until(lambda: replica._in_flight[first.key] == 1)
+            crown(CARDS_2)
+            await replica.sync()
+            crown(CARDS_1)
+            await replica.sync()
+            late = asyncio.create_task(ask(client, CARDS, TEXTS))
+            await until(lambda: replica._in_flight[first.key] == 2)
+        assert (await early).json()["digest"] == (await late).json()["digest"] == first.digest
+
+
+async def test_answers_never_mix_versions_while_champions_change(crown, serving, expected):
+    of_version = {crown(made_of).version: expected(made_of, TEXTS[:3]) for made_of in (CARDS_1, CARDS_2)}
+    async with serving() as (replica, client):
+        await replica.sync()
+        responses = []
+        for made_of in (CARDS_1, CARDS_2) * 3:
+            crown(made_of)
+            asking = [asyncio.create_task(ask(client, CARDS, TEXTS[:3])) for _ in range(4)]
+            await replica.sync()
+            responses += await asyncio.gather(*asking)
+        for response in responses:
+            assert_probabilities(response, of_version[response.json()["version"]])
+        assert {response.json()["version"] for response in responses} == set(of_version)
+
+
+async def test_champion_that_disappears_is_no_longer_served(crown, serving, registry):
+    crown(CARDS_1, MOOD_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        registry.drop_alias("cards", CHAMPION)
+        await replica.sync()
+        error = error_of(await client.post("/v1/classify", json={"model": "cards", "input": "a"}), 404)
+        assert error["message"] == "there is no task 'cards'; tasks are mood"
+        assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["mood"]
+        assert (await ask(client, MOOD, TEXTS)).status_code == 200
+
+
+# Champions that cannot be bound
+
+
+@pytest.fixture
+def broken(registry, tiny_adapter, tmp_path, crown):
+    """Crown a version of CARDS whose weights are zero; its digest is right, its canaries are not."""
+    artifact = tiny_adapter(*CARDS_2)
+    folder = shutil.copytree(artifact.folder, tmp_path / "zeroed" / "adapter")
+    save_file({name: x * 0 for name, x in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    run = registry.start_run("cards", "zeroed", {}, {})
+
+    def crown_broken():
+        version = registry.register(run, folder, read_artifact(folder).digest, CODE, "", {})
+        registry.set_alias(version, CHAMPION)
+        return version
+
+    yield crown_broken
+    registry.drop_alias("cards", CHAMPION)
+
+
+async def test_broken_champion_is_503_while_the_others_answer(broken, crown, serving, expected):
+    version = broken()
+    crown(MOOD_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        error = error_of(await ask(client, CARDS, TEXTS[:1]), 503)
+        assert error["type"] == "AdapterError"
+        assert error["message"].startswith(f"task cards cannot answer now: {version.key}: canary scores differ")
+        assert_probabilities(await ask(client, MOOD, TEXTS), expected(MOOD_1, TEXTS))
+        models = (await client.get("/v1/models")).json()
+        assert [model["id"] for model in models["data"]] == ["mood"]
+        assert list(models["broken"]) == [version.key]
+        assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_good_version_goes_on_answering_when_a_broken_one_is_crowned(broken, crown, serving, expected):
+    good = crown(CARDS_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        version = broken()
+        await replica.sync()
+        response = await ask(client, CARDS, TEXTS)
+        assert response.json()["digest"] == good.digest
+        assert_probabilities(response, expected(CARDS_1, TEXTS))
+        assert list((await client.get("/v1/models")).json()["broken"]) == [version.key]
+        crown(CARDS_1)
+        await replica.sync()
+        assert (await client.get("/v1/models")).json()["broken"] == {}
+
+
+async def test_files_that_changed_after_registration_are_refused(crown, serving, registry, tmp_path):
+    version = crown(CARDS_1)
+    folder = registry.download(version, tmp_path / "downloads")
+    (folder / CARD).write_text((folder / CARD).read_text() + " ")
+    async with serving() as (replica, client):
+        await replica.sync()
+        assert "files changed" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+
+
+async def test_adapter_registered_under_another_task_is_refused(registry, tiny_adapter, serving, crown, expected):
+    crown(CARDS_1)
+    artifact = tiny_adapter(*CARDS_2)
+    run = registry.start_run("misnamed", "k", {}, {})
+    version = registry.register(run, artifact.folder, artifact.digest, CODE, "", {})
+    registry.set_alias(version, CHAMPION)
+    async with serving() as (replica, client):
+        await replica.sync()
+        registry.drop_alias("misnamed", CHAMPION)
+        error = error_of(await client.post("/v1/classify", json={"model": "misnamed", "input": "a"}), 503)
+        assert "holds an adapter of task cards: register it under that name" in error["message"]
+        assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_1, TEXTS))
+
+
+@pytest.mark.parametrize("retry_s", [0, 1000])
+async def test_champion_that_could_not_be_fetched_is_tried_again_later(crown, serving, expected, tmp_path, retry_s):
+    crown(CARDS_1)
+    (tmp_path / "downloads").touch()  # a file where the folder should be
+    async with serving(retry_s=retry_s) as (replica, client):
+        await replica.sync()
+        assert "downloads" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+        (tmp_path / "downloads").unlink()
+        await replica.sync()
+        response = await ask(client, CARDS, TEXTS)
+        if retry_s:
+            error_of(response, 503)
+        else:
+            assert_probabilities(response, expected(CARDS_1, TEXTS))
+            assert not replica.broken
+
+
+# Failures while answering
+
+
+async def test_adapter_that_goes_bad_does_not_take_the_mixed_batch_with_it(crown, serving, expected):
+    crown(CARDS_1, MOOD_1, MAIL_1)
+    async with serving(num_slots=1) as (replica, client):
+        await replica.sync()
+        engine = replica._server_of[replica._keys["cards"]].engine
+        for a_RI, _ in engine.bound(replica._keys["cards"]).tensors.values():
+            a_RI.mul_(float("nan"))
+        with engine_held(replica, CARDS):
+            asking = [asyncio.create_task(ask(client, task, TEXTS[:2])) for task in (MOOD, CARDS, MAIL, MOOD)]
+            await until(lambda: replica._in_flight.total() == 4)
+        mood, cards, mail, _ = await asyncio.gather(*asking)
+        assert "cards@" in error_of(cards, 503)["message"]
+        assert_probabilities(mood, expected(MOOD_1, TEXTS[:2]))
+        assert_probabilities(mail, expected(MAIL_1, TEXTS[:2]))
+
+
+async def test_caller_that_leaves_before_a_promotion_harms_nobody(crown, serving, expected):
+    crown(CARDS_1, MOOD_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        with engine_held(replica, CARDS):
+            blocking = asyncio.create_task(ask(client, MOOD, TEXTS[:1]))
+            await until(lambda: replica._in_flight.total() == 1)
+            leaving = asyncio.create_task(replica.classify("cards", TEXTS))
+            await until(lambda: replica._in_flight.total() == 2)
+            leaving.cancel()
+            await asyncio.wait([leaving])
+            assert replica._in_flight.total() == 1
+            crown(CARDS_2)
+            await replica.sync()
+            staying = asyncio.create_task(ask(client, MOOD, TEXTS))
+            await until(lambda: replica._in_flight.total() == 2)
+        assert_probabilities(await staying, expected(MOOD_1, TEXTS))
+        assert_probabilities(await blocking, expected(MOOD_1, TEXTS[:1]))
+        assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_2, TEXTS))
+
+
+async def test_failure_that_nobody_foresaw_has_the_same_shape(crown, serving):
+    crown(CARDS_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        replica._versions.clear()
+        error = error_of(await ask(client, CARDS, TEXTS[:1]), 500)
+        assert error == {"message": "the server failed; its log says why", "type": "InternalError"}
+
+
+# Following the registry
+
+
+async def test_follower_brings_promotions_by_itself(crown, serving):
+    first = crown(CARDS_1)
+    async with serving(poll_s=0.01) as (replica, client):
+        following = asyncio.create_task(replica.follow())
+        await until(lambda: replica.is_ready)
+        assert (await ask(client, CARDS, TEXTS[:1])).json()["digest"] == first.digest
+        second = crown(CARDS_2)
+        await until(lambda: replica._keys["cards"] == second.key)
+        assert (await ask(client, CARDS, TEXTS[:1])).json()["digest"] == second.digest
+        following.cancel()
+        await asyncio.wait([following])
+
+
+async def test_follower_outlives_a_registry_that_is_away(serving, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    async with serving(tracking_uri="http://127.0.0.1:9", poll_s=0.01) as (replica, client):
+        following = asyncio.create_task(replica.follow())
+        await until(lambda: caplog.text.count("registry unreadable") >= 2)
+        assert not following.done()
+        assert (await client.get("/readyz")).status_code == 503
+        following.cancel()
+        await asyncio.wait([following])

@@ -43,7 +43,8 @@ def four_adapters(fresh_base, random_adapter, kind, **options):
     base, slots = wrapped(fresh_base, kind, **options)
     alone = [wrapped(fresh_base, kind, num_slots=1, **options) for _ in RANKS]
     for slot, (rank, scaling) in enumerate(zip(RANKS, SCALINGS, strict=True)):
-        adapter = random_adapter(slots, rank, seed=slot)
+        names = list(slots.layers)[1::2] if slot == 3 else None  # adapters of different target modules share a batch
+        adapter = random_adapter(slots, rank, seed=slot, names=names)
         slots.load(slot, adapter, scaling)
         alone[slot][1].load(0, adapter, scaling)
     return Mixed(base, slots, tuple(alone), fresh_base(kind))
@@ -339,12 +340,17 @@ def test_using_restores_the_routing_before_it(fresh_base):
     assert (slots.segments, slots.dropout_keys) == ((), None)
 
 
-def test_rows_of_an_empty_slot_fail_instead_of_getting_the_base(fresh_base, random_adapter, family):
+@pytest.mark.parametrize("empty", [0, 1, 3])
+def test_rows_of_an_empty_slot_fail_instead_of_getting_the_base(fresh_base, random_adapter, family, empty):
     base, slots = wrapped(fresh_base, family)
-    slots.load(1, random_adapter(slots, 2, seed=0), 1.0)
+    for slot in (1, 2):
+        slots.load(slot, random_adapter(slots, 2, seed=0), 1.0)
     slots.clear(1)
-    with slots.using([Segment(None, 1), Segment(1, 1)]), pytest.raises(AdapterError, match="slot 1 is empty"):
-        outputs(base, random_tokens(2, 0))
+    with (
+        slots.using([Segment(None, 1), Segment(empty, 1), Segment(2, 1)]),
+        pytest.raises(AdapterError, match=f"slot {empty} is empty"),
+    ):
+        outputs(base, random_tokens(3, 0))
 
 
 def test_segments_must_cover_the_batch(fresh_base):

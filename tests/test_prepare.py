@@ -38,7 +38,6 @@ def prepared_of(raw, **changes):
 def test_bad_tasks_do_not_stop_the_others(raw, tmp_path):
     train = write(tmp_path / "bad.jsonl", [*ROWS, {"text": "x", "label": "odd"}, {"text": "", "label": "bad"}])
     nowhere = str(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
     changes = [
         {"name": "first"},
         {"name": "bad-data", "data": {"train": str(train)}},
@@ -64,7 +63,7 @@ def test_bad_tasks_do_not_stop_the_others(raw, tmp_path):
     assert str(problems[5]) == (
         "free-text: labels: free-text tasks cannot be trained by this version. Fix: list the labels, or leave the task out"
     )
-    assert str(problems[3]).startswith(f"no-base: base.model: config.json of the base cannot be read: ")
+    assert str(problems[3]).startswith("no-base: base.model: config.json of the base cannot be read: ")
 
 
 def test_no_specs():
@@ -110,10 +109,13 @@ def test_the_run_key_stays_with_everything_else(raw, changes):
 
 def test_the_run_key_follows_the_data_and_not_the_file(raw, tmp_path):
     key = prepared_of(raw).run_key
-    assert prepared_of(raw, data={"train": str(write(tmp_path / "copy.jsonl", ROWS))}).run_key == key
-    assert prepared_of(raw, data={"train": str(write(tmp_path / "more.jsonl", [*ROWS, {"text": "x", "label": "bad"}]))}).run_key != key
-    relabelled = [{**ROWS[0], "label": "bad"}, *ROWS[1:]]
-    assert prepared_of(raw, data={"train": str(write(tmp_path / "relabelled.jsonl", relabelled))}).run_key != key
+    for name, rows, is_same in (
+        ("copy.jsonl", ROWS, True),
+        ("more.jsonl", [*ROWS, {"text": "x", "label": "bad"}], False),
+        ("relabelled.jsonl", [{**ROWS[0], "label": "bad"}, *ROWS[1:]], False),
+    ):
+        other = prepared_of(raw, data={"train": str(write(tmp_path / name, rows))})
+        assert (other.run_key == key) == is_same
 
 
 def test_the_run_key_follows_the_base_and_not_its_folder(raw, base_folder, tmp_path):
@@ -132,7 +134,8 @@ def test_the_run_key_follows_the_base_and_not_its_folder(raw, base_folder, tmp_p
 def test_the_gate_hash_follows_the_gate_alone(raw):
     first = prepared_of(raw).gate_hash
     assert prepared_of(raw, train={"epochs": 3}).gate_hash == first
-    assert len({first, *(prepared_of(raw, gate=gate).gate_hash for gate in ({"min": 0.5}, {"margin": 0.01}, {"metric": "macro_f1"}))}) == 4
+    gates = ({"min": 0.5}, {"margin": 0.01}, {"metric": "macro_f1"})
+    assert len({first, *(prepared_of(raw, gate=gate).gate_hash for gate in gates)}) == 4
 
 
 @pytest.mark.parametrize("kind", ["encoder", "seq2seq"])

@@ -33,6 +33,13 @@ def register(registry, tmp_path):
     return make
 
 
+@pytest.fixture(scope="module")
+def other_registry(tmp_path_factory):
+    """A second registry in the same process."""
+    folder = tmp_path_factory.mktemp("other")
+    return Registry(f"sqlite:///{folder / 'mlflow.db'}", folder / "artifacts")
+
+
 # Runs
 
 
@@ -145,15 +152,14 @@ def test_champions_are_this_programs_models_with_that_alias(registry, register):
 
 
 @pytest.mark.slow
-def test_more_champions_than_a_page_holds(tmp_path):
-    registry = Registry(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    client = MlflowClient(registry.tracking_uri, registry_uri=registry.tracking_uri)
+def test_more_champions_than_a_page_holds(other_registry):
+    client = MlflowClient(other_registry.tracking_uri, registry_uri=other_registry.tracking_uri)
     names = [f"task-{number:03}" for number in range(105)]
     for name in names:
         client.create_registered_model(name, tags={"orchestrator": "1"})
         client.create_model_version(name, "file:///nowhere", tags={"digest": name})
         client.set_registered_model_alias(name, CHAMPION, "1")
-    assert [(task, version.digest) for task, version in registry.champions().items()] == [(name, name) for name in names]
+    assert [(task, version.digest) for task, version in other_registry.champions().items()] == [(name, name) for name in names]
 
 
 # Download
@@ -175,13 +181,23 @@ def test_many_processes_may_share_the_folder(registry, register, tmp_path):
         folders = set(threads.map(lambda other: other.download(version, tmp_path / "downloads"), others))
     assert len(folders) == 1
     assert [path.name for path in folders.pop().iterdir()] == ["content.txt"]
-    assert [path.name for path in (tmp_path / "downloads" / "shared").iterdir()] == [f"1-{'d' * 12}"]
+    (only,) = (tmp_path / "downloads" / "shared").iterdir()
+    assert only.name == f"1-{'d' * 12}"
+    assert only.stat().st_mode == (tmp_path / "downloads").stat().st_mode, "replicas of another user may read it too"
 
 
 def test_same_version_number_of_another_registry_is_fetched_apart(registry, register, tmp_path):
     version = register("twofold")
     other = replace(version, digest="e" * 64)
     assert registry.download(version, tmp_path / "downloads") != registry.download(other, tmp_path / "downloads")
+
+
+def test_registries_of_one_process_do_not_mix(registry, other_registry, register, tmp_path):
+    version = register("apart")
+    (tmp_path / "adapter").mkdir()
+    other_registry.register(other_registry.start_run("apart", "k", {}, {}), tmp_path / "adapter", "e" * 64, CODE, "", {})
+    assert (registry.download(version, tmp_path / "downloads") / "content.txt").read_text() == version.digest
+    assert registry.versions("apart") == [version]
 
 
 def test_failed_download_leaves_nothing(registry, register, tmp_path):

