@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from multilora.errors import AdapterError
 from multilora.segments import Segment
+from multilora.target_modules import linear_of
 
 AdapterTensors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A of shape [rank, I], B of shape [O, rank])."""
@@ -39,7 +39,7 @@ class AdapterSlots:
         self.ranks = [0] * num_slots
         self.scalings = [0.0] * num_slots
         self.dropouts = [0.0] * num_slots
-        modules = {name: _linear(model, name) for name in module_names}
+        modules = {name: linear_of(model, name) for name in module_names}
         floating = next(p for p in model.parameters() if p.is_floating_point())
         self.device = floating.device
         dtype = torch.float32 if is_trainable else floating.dtype
@@ -331,41 +331,6 @@ def _hash32(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return x ^ (x >> 16)
-
-
-def match_modules(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[str]:
-    """Name the linear layers that get an adapter. Raises AdapterError for a target that matches nothing.
-
-    `all-linear` leaves out the output head and poolers, whose outputs are not used or shared with the embeddings.
-    """
-    head = model.get_output_embeddings()
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and "pooler" not in name.split(".")
-    ]
-    if target_modules == "all-linear":
-        chosen = names
-    else:
-        chosen = [name for name in names if any(_ends_with(name, target) for target in target_modules)]
-        lost = [target for target in target_modules if not any(_ends_with(name, target) for name in names)]
-        if lost:
-            endings = sorted({name.rpartition(".")[2] for name in names})
-            raise AdapterError(f"target_modules {lost} match no linear layer; this base has {', '.join(endings)}")
-    if not chosen:
-        raise AdapterError("the base has no linear layer that can take an adapter")
-    return chosen
-
-
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if not isinstance(module, nn.Linear):
-        raise AdapterError(f"module {name} is a {type(module).__name__}, not a linear layer")
-    return module
 
 
 def _equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:

@@ -228,8 +228,8 @@ class Registry:
         address = self._client.get_model_version_download_uri(version.task, str(version.version))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
             # Not `parent` itself, which only its owner may read.
-            staging = Path(parent) / "model"
-            mlflow.artifacts.download_artifacts(address, dst_path=str(staging), tracking_uri=self.tracking_uri)
+            inside = str(Path(parent) / "model")
+            staging = Path(mlflow.artifacts.download_artifacts(address, dst_path=inside, tracking_uri=self.tracking_uri))
             try:
                 staging.replace(target)
             except OSError:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import string
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
 
 from multilora.errors import Problem, SpecError
+from multilora.yaml_loader import Yaml12Loader
 
 RESERVED_NAMES = frozenset({"auto", "base", "latest"})
 LOCAL_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -246,46 +246,10 @@ def task_json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-class _SpecLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars (yes, no, on, off and 12:30 stay strings; 2e-4 is a number) and no duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own attribute
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping = super().construct_mapping(node, deep)
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
-            seen.add(key)
-        return mapping
-
-
-def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(str(loader.construct_scalar(node)))
-
-
-def _add_yaml12_scalars() -> None:
-    patterns = {
-        "null": (r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-        "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-        "int": (r"^[-+]?[0-9]+$", list("-+0123456789")),
-        "float": (r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-    }
-    for tag, (pattern, first) in patterns.items():
-        _SpecLoader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
-    # PyYAML reads 010 as octal and stumbles over 08.
-    _SpecLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
-
-
-_add_yaml12_scalars()
-
-
 def _load_one(path: Path) -> TaskSpec | list[Problem]:
     where = str(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_SpecLoader)  # a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Yaml12Loader)  # a SafeLoader
     except OSError as error:
         return [Problem(where, "file", "", error.strerror or str(error), "check the path")]
     except UnicodeDecodeError:

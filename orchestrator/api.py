@@ -26,12 +26,13 @@ from multilora.spec import GateSpec, TaskSpec, load_task_specs
 from orchestrator import background
 from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
-from orchestrator.controller import TAG_VERDICT, Controller, TaskWork, Update, git_sha
+from orchestrator.controller import TAG_VERDICT, Controller, git_sha
 from orchestrator.judge import VerdictKind
 from orchestrator.plan import ClusterSize, Plan, plan_groups
 from orchestrator.prepare import PreparedTask, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report, write_report
 from orchestrator.state import Action, Status
+from orchestrator.work import TaskWork, Update
 
 load = load_task_specs
 """Load task specs; see `multilora.spec.load_task_specs`."""

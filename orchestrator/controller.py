@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,18 @@ import ray
 
 from multilora.artifact import read_artifact
 from multilora.errors import AdapterError, MultiLoraError
-from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, AdapterVersion, Registry, RunRecord
+from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import BaseSpec
 from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
-from orchestrator.evaluate import EvalItem, EvalReport, load_reports, store_reports
-from orchestrator.judge import GateInput, Verdict, judge
+from orchestrator.evaluate import EvalItem, load_reports, store_reports
+from orchestrator.judge import GateInput, judge
 from orchestrator.plan import ClusterSize, TrainingGroup, has_room
 from orchestrator.prepare import PreparedTask
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, advance, next_action
 from orchestrator.trainer import Member, TrainEvent
+from orchestrator.work import TaskWork, Update
 from orchestrator.worker import GroupTask, Mailbox
 
 logger = logging.getLogger(__name__)
@@ -37,40 +37,6 @@ POLL_S = 0.3
 STOP_TIMEOUT_S = 60.0
 TAG_GATE, TAG_VERDICT = "gate_hash", "verdict"
 PYFUNC_CODE = Path(__file__).resolve().parents[1] / "serve" / "pyfunc_model.py"
-
-
-@dataclass(frozen=True)
-class Update:
-    """One thing to show a person or a script: a new status, or progress inside TRAINING."""
-
-    task: str
-    status: str
-    step: int = 0
-    num_steps: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    message: str = ""
-
-
-@dataclass
-class TaskWork:
-    """One task's way through a submission."""
-
-    prepared: PreparedTask
-    run: RunRecord | None
-    status: Status
-    action: Action
-    champion: AdapterVersion | None
-    version: AdapterVersion | None = None
-    reports: dict[str, EvalReport] = field(default_factory=dict)
-    """By system name: task@version, zero-shot, majority, tf-idf."""
-    verdict: Verdict | None = None
-    reference: EvalReport | None = None
-    error: str = ""
-
-    @property
-    def task(self) -> str:
-        """Task name."""
-        return self.prepared.spec.name
 
 
 class Controller:

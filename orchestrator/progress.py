@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from orchestrator.controller import Update
+from orchestrator.work import Update
 
 
 class Progress(Protocol):

@@ -24,11 +24,12 @@ from torch import Tensor
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_labels, score_labels
 from multilora.segments import length_batches
 from multilora.spec import TaskSpec, spec_hash
+from multilora.target_modules import match_modules
 from orchestrator.batching import batch_indices, dropout_key, num_steps_per_epoch
 from orchestrator.dataset import Example
 from orchestrator.metrics import METRICS

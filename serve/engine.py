@@ -18,10 +18,11 @@ from multilora.artifact import AdapterArtifact, read_tensors
 from multilora.base_files import Family
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_labels, score_labels
 from multilora.segments import length_batches
+from multilora.target_modules import match_modules
 from serve.slots import SlotTable
 
 OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}

@@ -20,8 +20,9 @@ from tiny_bases import BUILDERS
 
 from multilora.artifact import AdapterArtifact
 from multilora.base_model import FrozenBase, load_base
-from multilora.lora import AdapterSlots, AdapterTensors, match_modules
+from multilora.lora import AdapterSlots, AdapterTensors
 from multilora.spec import BaseSpec
+from multilora.target_modules import match_modules
 
 if TYPE_CHECKING:
     from multilora.registry import Registry

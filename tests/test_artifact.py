@@ -25,10 +25,11 @@ from multilora.artifact import (
     write_artifact,
 )
 from multilora.errors import AdapterError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, ScoringRow, encode_labels, score_labels
 from multilora.segments import Segment
+from multilora.target_modules import match_modules
 
 AUTO_CLASS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "causal": AutoModelForCausalLM}
 ATTENTION = {"seq2seq": ["q", "v"], "encoder": ["query", "value"], "causal": ["q_proj", "v_proj"]}

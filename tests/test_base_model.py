@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from multilora.base_model import load_base
 from multilora.errors import AdapterError, SpecError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.segments import Segment
 from multilora.spec import BaseSpec
+from multilora.target_modules import match_modules
 
 
 @pytest.fixture

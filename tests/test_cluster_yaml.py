@@ -62,7 +62,8 @@ def test_every_node_has_token_auth_and_the_shared_workspace(prepared: dict[str, 
     assert token_path.replace("/home/ray/", "~/") in prepared["file_mounts"]
     shared = next(target for target in volumes.values() if environment["ORCHESTRATOR_HOME"].startswith(f"{target}/"))
     mounted = " ".join(prepared["initialization_commands"])
-    assert "mount -t nfs4" in mounted and f"mountpoint -q {shared}" in mounted
+    assert "mount -t nfs4" in mounted
+    assert f"mountpoint -q {shared}" in mounted
 
 
 def test_mlflow_starts_on_the_head_and_workers_are_told_where(prepared: dict[str, Any]) -> None:
@@ -71,7 +72,8 @@ def test_mlflow_starts_on_the_head_and_workers_are_told_where(prepared: dict[str
     # sqlite on the shared storage would lose its locks.
     volumes = re.findall(r"-v \S+:(\S+)", " ".join(prepared["docker"]["head_run_options"]))
     database = re.search(r"sqlite:///(/\S+)", head)
-    assert database is not None and any(database[1].startswith(f"{volume}/") for volume in volumes)
+    assert database is not None
+    assert any(database[1].startswith(f"{volume}/") for volume in volumes)
     worker = " ".join(prepared["worker_start_ray_commands"])
     assert "MLFLOW_TRACKING_URI=http://$RAY_HEAD_IP:5000" in worker
 

@@ -15,8 +15,9 @@ from transformers import BertConfig, BertModel
 
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.segments import Segment, segments_of
+from multilora.target_modules import match_modules
 
 TOLERANCE = 1e-4
 RANKS = (1, 4, 8, 3)

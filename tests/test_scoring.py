@@ -12,9 +12,10 @@ import torch
 from conftest import FAMILIES
 
 from multilora.errors import AdapterError
-from multilora.lora import AdapterSlots, match_modules
+from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import COSINE_SCALE, ScoringRow, answer_losses, encode_labels, score_labels
+from multilora.target_modules import match_modules
 
 TOLERANCE = 1e-4
 SCALINGS = (1.5, 0.5)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
 
 from multilora.artifact import read_artifact, read_tensors
 from multilora.lora import AdapterSlots
@@ -160,7 +161,7 @@ def test_the_four_members_are_trained_and_differ(family, solo):
     for task, rank in {"plain": 8, "dropout": 2, "narrow": 4, "single": 1}.items():
         weights = alone[task].weights(task)
         assert {tensor.shape[0] for name, tensor in weights.items() if name.endswith("A")} == {rank}
-        assert all(tensor.abs().max() > 1e-3 for tensor in weights.values())
+        assert all(tensor.abs().max() > 1e-4 for tensor in weights.values())
 
 
 def test_training_learns_its_examples(family, fresh_base, tmp_path):
@@ -169,7 +170,7 @@ def test_training_learns_its_examples(family, fresh_base, tmp_path):
     trained = Trained(base, [replace(member, select=member.train)])
     losses = trained.losses("mood")
     assert losses[12] < 0.2 * losses[1]
-    assert trained.last("mood").metrics["select/best"] == 1.0
+    assert trained.last("mood").metrics["select/best"] > 0.9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -392,6 +393,44 @@ def test_the_first_loss_is_the_bases_mean_loss_of_the_batch_however_it_is_cut(fa
         rows = [ScoringRow(ids, None, labels) for ids in prompts]
         losses_B = answer_losses(plain, nothing, rows, [labels.names.index(example.label) for example in batch])
     assert trained.losses("mood")[1] == pytest.approx(losses_B.mean().item(), rel=1e-6, abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["seq2seq", "causal"])
+def test_training_equals_a_plain_peft_loop(family, fresh_base, tmp_path):
+    """The oracle: PEFT's layers, transformers' own loss one row at a time, AdamW, clipping and a linear rate."""
+    base, plain = fresh_base(family), fresh_base(family)
+    settings = {"rank": 4, "alpha": 8, "target_modules": SOME_MODULES[family]}
+    member = member_of(tmp_path, base, "mood", lora=settings, learning_rate=1e-2, labels="good very-bad")
+    weights = {}
+    trained = Trained(base, [member], on_event=lambda trainer, event: weights.update({event.step: trainer.slots.export(0)}))
+    # The last event of step 0 is `started`; of step 6, the export after the slot was emptied would hold nothing.
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=SOME_MODULES[family], lora_dropout=0.0)
+    model = get_peft_model(plain.model, config)
+    layers = {name.removeprefix("base_model.model."): module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for name, (a_RI, _) in weights[0].items():
+        layers[name].lora_A["default"].weight.data.copy_(a_RI)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    prompt_format = PromptFormat.of(member.spec, family)
+    for step in range(5):
+        batch = [member.train[index] for index in batch_indices(11, 4, 0, step)]
+        losses = []
+        for example in batch:
+            ids = encode_prompt(prompt_format, example.columns, plain.tokenizer).token_ids
+            answer = plain.tokenizer(("" if family == "seq2seq" else " ") + example.label, add_special_tokens=False)["input_ids"]
+            answer = [*answer, plain.tokenizer.eos_token_id]
+            inputs, gold = (ids, answer) if family == "seq2seq" else ([*ids, *answer], [*[-100] * len(ids), *answer])
+            losses.append(model(input_ids=torch.tensor([inputs]), labels=torch.tensor([gold])).loss)
+        loss = torch.stack(losses).mean()
+        assert trained.losses("mood")[step + 1] == pytest.approx(loss.item(), rel=1e-6, abs=LOSS_TOLERANCE)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
+        optimizer.step()
+    for name, (a_RI, b_OR) in weights[5].items():
+        torch.testing.assert_close(layers[name].lora_A["default"].weight, a_RI, rtol=0, atol=WEIGHT_TOLERANCE)
+        torch.testing.assert_close(layers[name].lora_B["default"].weight, b_OR, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
 def test_two_groups_leave_the_base_as_it_was(fresh_base, tmp_path):

@@ -31,8 +31,9 @@ class CommandLine:
         """Start a command; it leads a process group of its own, as under a shell."""
         env = {**os.environ, "ORCHESTRATOR_HOME": str(self.workspace)}
         argv = [sys.executable, "-m", "orchestrator", *map(str, words)]
+        pipe = subprocess.PIPE
         return subprocess.Popen(
-            argv, env=env, cwd=self.workspace.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            argv, env=env, cwd=self.workspace.parent, text=True, stdout=pipe, stderr=pipe, start_new_session=True
         )
 
     def run(self, *words: object, code: int = 0) -> str:
@@ -63,7 +64,9 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
     made.run("stop")
 
 
-def write_spec(folder: Path, name: str, rows: Sequence[dict[str, str]], base: str, meanings: dict[str, str], **train: object) -> Path:
+def write_spec(
+    folder: Path, name: str, rows: Sequence[dict[str, str]], base: str, meanings: dict[str, str | None], **train: object
+) -> Path:
     """Write a task file with its examples beside it."""
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = {

@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from e2e.conftest import DATA, CommandLine, demo_task, needs_minilm
 
+from e2e.conftest import DATA, CommandLine, demo_task, needs_minilm
 from multilora.base_files import find_base
 from multilora.spec import BaseSpec
 
@@ -46,7 +46,7 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     port = 8500 + random.randrange(400)
     cli.run("serve", "--port", port)
     url = f"http://127.0.0.1:{port}"
-    texts = ["Whose idea was the weekend?", "How many legs has a crab?", "Why is the sea salty?", "Which street is the bakery in?"]
+    texts = ["Whose idea was the weekend?", "How many legs has a crab?", "Why is the sea salty?", "Which street is it in?"]
     answer = httpx.post(f"{url}/v1/classify", json={"model": "question-type", "input": texts}, timeout=60).json()
     assert answer["version"] == 1
     assert answer["digest"] == by_task["question-type"]["candidate_result"]["digest"]

@@ -1,0 +1,93 @@
+"""Interrupted and killed submissions continue, and end where an undisturbed one ends; for the seq2seq and encoder families."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e.conftest import CommandLine, demo_task, needs_minilm, write_spec
+from safetensors.torch import load_file
+from tiny_bases import build_t5
+
+from multilora.artifact import WEIGHTS
+
+pytestmark = pytest.mark.e2e
+ANIMALS = {"bird": ["robin", "heron", "owl", "finch", "crane"], "fish": ["trout", "cod", "eel", "perch", "tuna"]}
+
+
+def animal_rows(num_rows: int) -> list[dict[str, str]]:
+    """Sentences about a bird or a fish: learnable by a base with random weights."""
+    draw = random.Random(0)
+    rows = []
+    for number in range(num_rows):
+        label = ("bird", "fish")[number % 2]
+        rows.append({"text": f"note {number}: I saw a {draw.choice(ANIMALS[label])}", "label": label})
+    return rows
+
+
+def _wait_for(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@needs_minilm()
+def test_interrupt_then_kill_then_continue(cli: CommandLine, tmp_path: Path) -> None:
+    build_t5(tmp_path / "t5")
+    rows = animal_rows(240)
+    train = {"epochs": 40, "learning_rate": 0.01, "batch_size": 8}
+    t5 = write_spec(tmp_path, "animals", rows, "./t5", {"bird": None, "fish": None}, **train)
+    minilm = demo_task(tmp_path, "message-urgency", epochs=2, max_examples=64)
+
+    undisturbed = CommandLine(tmp_path / "undisturbed")
+    report = undisturbed.json("submit", t5, minilm)
+    assert {task["task"]: task["decision"] for task in report["tasks"]} == {"animals": "promoted", "message-urgency": "promoted"}
+
+    # Ctrl-C: workers save, runs say so, the command says how to continue.
+    checkpoints = cli.workspace / "checkpoints"
+    process = cli.start("submit", t5, minilm, "--checkpoint-every", "0.2")
+    _wait_for(lambda: list(checkpoints.glob("*.safetensors")), 180)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "run the same command to continue" in err
+    assert "CANCELLED" in {row["status"] for row in cli.json("status")["tasks"]}
+
+    # kill -9 of the command, its driver and its workers, once training has gone on.
+    before = {file: file.stat().st_mtime_ns for file in checkpoints.glob("*.safetensors")}
+    process = cli.start("submit", t5, minilm, "--checkpoint-every", "0.2")
+    _wait_for(lambda: any(f.stat().st_mtime_ns != before.get(f) for f in checkpoints.glob("*.safetensors")), 180)
+    family = psutil.Process(process.pid).children(recursive=True)
+    cli.kill(process)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, "processes of a killed submission live on"
+
+    events = _events(cli, t5, minilm)
+    first_steps = {e["task"]: e["step"] for e in reversed(events) if e["num_steps"]}
+    assert max(first_steps.values()) > 0, "training started from nothing instead of its checkpoint"
+    assert cli.json("status")["tasks"] == undisturbed.json("status")["tasks"]
+    for task in ("animals", "message-urgency"):
+        assert _same_weights(_adapter(cli, task), _adapter(undisturbed, task))
+    assert not list(checkpoints.glob("*.safetensors"))
+
+
+def _events(cli: CommandLine, *specs: Path) -> list[dict]:
+    process = cli.start("submit", *specs, "--json")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+
+
+def _adapter(cli: CommandLine, task: str) -> Path:
+    return next(cli.workspace.glob(f"downloads/{task}/1-*/artifacts/adapter"))
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    a, b = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
+    return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() <= 1e-5 for key in a)
