@@ -83,7 +83,13 @@ def plan(files: Files, as_json: Json = False, force: Force = False, workspace: W
 
 
 @app.command(epilog="Example: orchestrator submit tasks/*.yaml")
-def submit(files: Files, as_json: Json = False, force: Force = False, workspace: Workspace = None) -> None:
+def submit(
+    files: Files,
+    as_json: Json = False,
+    force: Force = False,
+    workspace: Workspace = None,
+    checkpoint_every: Annotated[float, typer.Option("--checkpoint-every", min=0.1, help="Seconds between checkpoints.")] = 30.0,
+) -> None:
     """Train, register, evaluate, judge and promote what changed; the same command continues after any interruption."""
     from orchestrator import api
     from orchestrator.progress import progress_of
@@ -95,7 +101,7 @@ def submit(files: Files, as_json: Json = False, force: Force = False, workspace:
         with _errors(), progress_of([spec.name for spec in specs], as_json=as_json) as progress:
             result = api.submit(
                 specs,
-                _config(workspace),
+                _config(workspace).model_copy(update={"checkpoint_every_s": checkpoint_every}),
                 force=force,
                 on_update=progress.update,
                 on_plan=lambda planned: None if as_json else progress.say(lambda: _print_plan(planned)),

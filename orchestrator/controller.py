@@ -20,6 +20,7 @@ from multilora.artifact import read_artifact
 from multilora.errors import AdapterError, MultiLoraError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import BaseSpec
+from orchestrator.adapter_run import Member, TrainEvent
 from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
 from orchestrator.evaluate import EvalItem, load_reports, store_reports
@@ -28,7 +29,6 @@ from orchestrator.plan import ClusterSize, TrainingGroup, has_room
 from orchestrator.prepare import PreparedTask
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, advance, next_action
-from orchestrator.trainer import Member, TrainEvent
 from orchestrator.work import TaskWork, Update
 from orchestrator.worker import GroupTask, Mailbox
 

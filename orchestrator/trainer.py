@@ -8,17 +8,13 @@ Knows no Ray and no MLflow: it reports plain events to a callback.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
@@ -26,12 +22,12 @@ from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
-from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_labels, score_labels
+from multilora.scoring import SCORER_VERSION, ScoringRow, answer_losses, encode_labels, score_labels
 from multilora.segments import length_batches
-from multilora.spec import TaskSpec, spec_hash
+from multilora.spec import spec_hash
 from multilora.target_modules import match_modules
-from orchestrator.batching import batch_indices, dropout_key, num_steps_per_epoch
-from orchestrator.dataset import Example
+from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
+from orchestrator.batching import batch_indices, dropout_key
 from orchestrator.metrics import METRICS
 
 MAX_GRAD_NORM = 1.0
@@ -40,63 +36,6 @@ MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 8192}
 """What one forward and backward costs beside its tokens, in tokens."""
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One adapter to train: plain values, so that it can travel to a worker."""
-
-    spec: TaskSpec
-    run_key: str
-    train: tuple[Example, ...]
-    select: tuple[Example, ...]
-    data_fingerprint: str
-    adapter_dir: str
-    checkpoint_file: str
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """What happened to one adapter; `kind` is started, progress, epoch, finished or failed."""
-
-    kind: str
-    task: str
-    run_key: str
-    step: int
-    num_steps: int
-    unix_ms: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    message: str = ""
-
-
-@dataclass
-class AdapterRun:
-    """The training state of one adapter."""
-
-    member: Member
-    slot: int
-    prompt_format: PromptFormat
-    labels: LabelSet
-    module_names: list[str]
-    optimizer: torch.optim.AdamW
-    train_ids: list[tuple[int, ...]]
-    train_gold: list[int]
-    select_ids: list[tuple[int, ...]]
-    step: int = 0
-    best_epoch: int = 0
-    best_result: tuple[float, float] = (-math.inf, -math.inf)
-    best_P: Tensor | None = None
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in one epoch."""
-        return num_steps_per_epoch(len(self.train_ids), self.member.spec.train.batch_size)
-
-    @property
-    def num_steps(self) -> int:
-        """Optimiser steps in all."""
-        return self.steps_per_epoch * self.member.spec.train.epochs
 
 
 @dataclass(frozen=True)
@@ -110,7 +49,7 @@ class GroupBatch:
 
 
 class GroupTrainer:
-    """Trains the members of one group over one base: forward_backward, optim_step, save_state, load_state, export_adapter."""
+    """Trains the members of one group over one base: forward_backward, optim_step, save_states, export_adapter."""
 
     def __init__(
         self, base: FrozenBase, members: Sequence[Member], num_slots: int, on_event: Callable[[TrainEvent], None]
@@ -201,56 +140,7 @@ class GroupTrainer:
     def save_states(self) -> None:
         """Write every active adapter's checkpoint."""
         for run in self._active:
-            self.save_state(run)
-
-    def save_state(self, run: AdapterRun) -> None:
-        """Write one adapter's weights, optimiser and position into one file, atomically.
-
-        Tensors are stored by module, not in this group's layout, so that any later group can take the adapter up.
-        """
-        parameter = run.optimizer.param_groups[0]["params"][0]
-        state = run.optimizer.state[parameter]
-        vectors = {"weights": parameter}
-        if state:
-            vectors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        if run.best_P is not None:
-            vectors["best"] = run.best_P
-        tensors = {
-            f"{part}/{name}/{half}": tensor
-            for part, vector_P in vectors.items()
-            for name, pair in self.slots.split(run.slot, vector_P).items()
-            for half, tensor in zip("AB", pair, strict=True)
-        }
-        facts = {"step": run.step, "best_epoch": run.best_epoch, "best_result": run.best_result, "losses": run.losses}
-        file = Path(run.member.checkpoint_file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_suffix(f".{os.getpid()}")
-        save_file(tensors, staging, metadata={"facts": json.dumps(facts)})
-        staging.replace(file)
-
-    def load_state(self, run: AdapterRun) -> None:
-        """Continue from the adapter's checkpoint where there is one."""
-        file = Path(run.member.checkpoint_file)
-        if not file.is_file():
-            return
-        with safe_open(file, framework="pt") as stream:
-            facts = json.loads(stream.metadata()["facts"])
-            parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-            for key in stream.keys():  # noqa: SIM118  safe_open is no mapping
-                part, name, half = key.split("/")
-                if half == "A":
-                    parts.setdefault(part, {})[name] = (stream.get_tensor(key), stream.get_tensor(f"{part}/{name}/B"))
-        vectors = {part: self.slots.join(run.slot, tensors) for part, tensors in parts.items()}
-        parameter = run.optimizer.param_groups[0]["params"][0]
-        with torch.no_grad():
-            parameter.copy_(vectors["weights"])
-        if "exp_avg" in vectors:
-            step = torch.tensor(float(facts["step"]))
-            moments = {name: vectors[name] for name in ("exp_avg", "exp_avg_sq")}
-            run.optimizer.state[parameter] = {"step": step, **moments}
-        run.step, run.best_epoch, run.losses = facts["step"], facts["best_epoch"], facts["losses"]
-        run.best_result = (facts["best_result"][0], facts["best_result"][1])
-        run.best_P = vectors.get("best")
+            save_state(run, self.slots)
 
     def export_adapter(self, run: AdapterRun) -> AdapterArtifact:
         """Write the best epoch's adapter with its card and canaries."""
@@ -299,7 +189,7 @@ class GroupTrainer:
         return bool(self._active)
 
     def _refuse(self, member: Member, error: Exception) -> None:
-        self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, _now_ms(), message=str(error)))
+        self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))
 
     def _report_if_trained(self, member: Member) -> bool:
         """A worker that died after this adapter was written starts again with it in the list; it must not train twice."""
@@ -307,7 +197,7 @@ class GroupTrainer:
             artifact = read_artifact(Path(member.adapter_dir))
         except AdapterError:
             return False
-        self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, _now_ms(), message=artifact.digest))
+        self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, now_ms(), message=artifact.digest))
         return True
 
     def _start(self, member: Member, slot: int) -> AdapterRun:
@@ -333,7 +223,7 @@ class GroupTrainer:
             train_gold=[labels.names.index(example.label) for example in member.train],
             select_ids=select_ids,
         )
-        self.load_state(run)
+        load_state(run, self.slots)
         return run
 
     def _end_epoch(self, run: AdapterRun) -> None:
@@ -387,8 +277,4 @@ class GroupTrainer:
 
     def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
         name, key = run.member.spec.name, run.member.run_key
-        self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, _now_ms(), metrics, message))
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
+        self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, now_ms(), metrics, message))

@@ -13,7 +13,8 @@ import torch
 from multilora.base_model import load_base
 from multilora.log import setup_logging
 from multilora.spec import BaseSpec
-from orchestrator.trainer import GroupTrainer, Member, TrainEvent
+from orchestrator.adapter_run import Member, TrainEvent
+from orchestrator.trainer import GroupTrainer
 
 FLUSH_EVERY_S = 0.5
 

@@ -12,7 +12,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec prompt base_files base_model target_modules lora artifact scoring "
     "registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
-    "orchestrator": "config metrics batching dataset plan prepare state judge trainer worker evaluate report cluster "
+    "orchestrator": "config metrics batching dataset plan prepare state judge adapter_run trainer worker evaluate report cluster "
     "background deploy work controller api progress cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}

@@ -402,11 +402,11 @@ def test_training_equals_a_plain_peft_loop(family, fresh_base, tmp_path):
     settings = {"rank": 4, "alpha": 8, "target_modules": SOME_MODULES[family]}
     member = member_of(tmp_path, base, "mood", lora=settings, learning_rate=1e-2, labels="good very-bad")
     weights = {}
+    # After the last event, at step 6, the slot is empty.
     trained = Trained(base, [member], on_event=lambda trainer, event: weights.update({event.step: trainer.slots.export(0)}))
-    # The last event of step 0 is `started`; of step 6, the export after the slot was emptied would hold nothing.
     config = LoraConfig(r=4, lora_alpha=8, target_modules=SOME_MODULES[family], lora_dropout=0.0)
     model = get_peft_model(plain.model, config)
-    layers = {name.removeprefix("base_model.model."): module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, (a_RI, _) in weights[0].items():
         layers[name].lora_A["default"].weight.data.copy_(a_RI)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

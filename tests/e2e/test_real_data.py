@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from e2e.conftest import MINILM, SHARED, CommandLine, needs_minilm, write_spec
 
 TASKS = ("snips", "banking77", "scicite")

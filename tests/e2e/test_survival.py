@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e.conftest import CommandLine, demo_task, needs_minilm, write_spec
 from safetensors.torch import load_file
 from tiny_bases import build_t5
 
+from e2e.conftest import CommandLine, demo_task, needs_minilm, write_spec
 from multilora.artifact import WEIGHTS
 
 pytestmark = pytest.mark.e2e

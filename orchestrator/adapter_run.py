@@ -1,0 +1,135 @@
+"""The training state of one adapter, what is told about it, and its checkpoint: resumable, and not an adapter version."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from multilora.lora import AdapterSlots
+from multilora.prompt import PromptFormat
+from multilora.scoring import LabelSet
+from multilora.spec import TaskSpec
+from orchestrator.batching import num_steps_per_epoch
+from orchestrator.dataset import Example
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter to train: plain values, so that it can travel to a worker."""
+
+    spec: TaskSpec
+    run_key: str
+    train: tuple[Example, ...]
+    select: tuple[Example, ...]
+    data_fingerprint: str
+    adapter_dir: str
+    checkpoint_file: str
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What happened to one adapter; `kind` is started, progress, epoch, finished or failed."""
+
+    kind: str
+    task: str
+    run_key: str
+    step: int
+    num_steps: int
+    unix_ms: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass
+class AdapterRun:
+    """The training state of one adapter."""
+
+    member: Member
+    slot: int
+    prompt_format: PromptFormat
+    labels: LabelSet
+    module_names: list[str]
+    optimizer: torch.optim.AdamW
+    train_ids: list[tuple[int, ...]]
+    train_gold: list[int]
+    select_ids: list[tuple[int, ...]]
+    step: int = 0
+    best_epoch: int = 0
+    best_result: tuple[float, float] = (-math.inf, -math.inf)
+    best_P: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return num_steps_per_epoch(len(self.train_ids), self.member.spec.train.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps in all."""
+        return self.steps_per_epoch * self.member.spec.train.epochs
+
+
+def save_state(run: AdapterRun, slots: AdapterSlots) -> None:
+    """Write one adapter's weights, optimiser and position into one file, atomically.
+
+    Tensors are stored by module, not in this group's layout, so that any later group can take the adapter up.
+    """
+    parameter = run.optimizer.param_groups[0]["params"][0]
+    state = run.optimizer.state[parameter]
+    vectors = {"weights": parameter}
+    if state:
+        vectors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    if run.best_P is not None:
+        vectors["best"] = run.best_P
+    tensors = {
+        f"{part}/{name}/{half}": tensor
+        for part, vector_P in vectors.items()
+        for name, pair in slots.split(run.slot, vector_P).items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+    facts = {"step": run.step, "best_epoch": run.best_epoch, "best_result": run.best_result, "losses": run.losses}
+    file = Path(run.member.checkpoint_file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_suffix(f".{os.getpid()}")
+    save_file(tensors, staging, metadata={"facts": json.dumps(facts)})
+    staging.replace(file)
+
+
+def load_state(run: AdapterRun, slots: AdapterSlots) -> None:
+    """Continue from the adapter's checkpoint where there is one."""
+    file = Path(run.member.checkpoint_file)
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as stream:
+        facts = json.loads(stream.metadata()["facts"])
+        parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for key in stream.keys():  # noqa: SIM118  safe_open is no mapping
+            part, name, half = key.split("/")
+            if half == "A":
+                parts.setdefault(part, {})[name] = (stream.get_tensor(key), stream.get_tensor(f"{part}/{name}/B"))
+    vectors = {part: slots.join(run.slot, tensors) for part, tensors in parts.items()}
+    parameter = run.optimizer.param_groups[0]["params"][0]
+    with torch.no_grad():
+        parameter.copy_(vectors["weights"])
+    if "exp_avg" in vectors:
+        step = torch.tensor(float(facts["step"]))
+        moments = {name: vectors[name] for name in ("exp_avg", "exp_avg_sq")}
+        run.optimizer.state[parameter] = {"step": step, **moments}
+    run.step, run.best_epoch, run.losses = facts["step"], facts["best_epoch"], facts["losses"]
+    run.best_result = (facts["best_result"][0], facts["best_result"][1])
+    run.best_P = vectors.get("best")
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return int(time.time() * 1000)
