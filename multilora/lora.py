@@ -47,6 +47,7 @@ class AdapterSlots:
         self.flat_SP = torch.zeros(num_slots, num_parameters, dtype=dtype, device=self.device)
         self.flat_grad_SP = torch.zeros_like(self.flat_SP) if is_trainable else None
         self.layers: dict[str, MultiLoraLinear] = {}
+        self._model = model
         offset = 0
         for name, linear in modules.items():
             layer = MultiLoraLinear(linear, self, offset, len(self.layers))
@@ -54,6 +55,12 @@ class AdapterSlots:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
             self.layers[name] = layer
+
+    def detach(self) -> None:
+        """Give the model its own linear layers back; these slots are of no use afterwards."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self._model.get_submodule(parent), child, layer.base)
 
     @contextmanager
     def using(self, segments: Sequence[Segment], dropout_keys: Sequence[int] | None = None) -> Iterator[None]:

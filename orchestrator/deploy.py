@@ -13,6 +13,7 @@ import ray
 from ray import serve as ray_serve
 
 from multilora.errors import SpecError
+from multilora.registry import Registry
 from orchestrator import background
 from orchestrator.cluster import ray_session
 from orchestrator.config import OrchestratorConfig
@@ -36,6 +37,8 @@ def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas:
     _check_host(host)
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "1"
     settings = ServeConfig(tracking_uri=config.registry_uri, downloads_dir=config.downloads_dir / "serve")
+    # Several replicas opening a new store at once would break it.
+    Registry(config.registry_uri, config.artifact_root).initialise()
     is_over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: is_over.set())

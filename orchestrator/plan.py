@@ -120,8 +120,10 @@ def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int)
 
 def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterSize) -> bool:
     """Whether a group can start beside the running ones."""
-    used_cpus, used_gpus = sum(other.cpus for other in busy), sum(other.gpus for other in busy)
-    return used_cpus + group.cpus <= size.num_cpus and used_gpus + group.gpus <= size.num_gpus
+    # Ten tenths of a GPU add up to a little more or less than one.
+    free_cpus = size.num_cpus - sum(other.cpus for other in busy) + 1e-9
+    free_gpus = size.num_gpus - sum(other.gpus for other in busy) + 1e-9
+    return group.cpus <= free_cpus and group.gpus <= free_gpus
 
 
 def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, float]:

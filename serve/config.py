@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from multilora.spec import Part
 
@@ -19,7 +19,7 @@ class ServeConfig(Part):
     num_slots: int = Field(default=16, ge=1)
     """Adapters resident on the device at once, per base."""
     max_rank: int = Field(default=16, ge=1, le=256)
-    """Largest adapter rank that can be bound."""
+    """Rank that slots have room for at first; a larger adapter makes them grow."""
     max_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
     max_queue_inputs: int = Field(default=2048, ge=1)
@@ -30,3 +30,9 @@ class ServeConfig(Part):
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)
     """Seconds until a champion that could not be fetched or loaded is tried again; one that does not fit never is."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ServeConfig:
+        if self.max_queue_inputs < self.max_inputs_per_request:
+            raise ValueError("max_queue_inputs is below max_inputs_per_request; the largest request could never be answered")
+        return self

@@ -71,11 +71,11 @@ class Engine:
     """One base, its slots, and the adapters bound to them. Thread-safe: one forward pass at a time."""
 
     def __init__(self, base: FrozenBase, num_slots: int, max_rank: int, max_batch_tokens: int = 4096) -> None:
+        """Wrap the base. Slots have room for `max_rank` at first; binding a larger adapter makes them grow."""
         self.base = base
         self._max_batch_tokens = max_batch_tokens
-        self._slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), num_slots, max_rank)
         self._num_slots = num_slots
-        self._table = SlotTable(num_slots)
+        self._slots, self._table = self._new_slots(max_rank)
         self._bound: dict[str, BoundAdapter] = {}
         self._lock = threading.Lock()
 
@@ -101,6 +101,9 @@ class Engine:
         with self._lock, torch.no_grad():
             labels = encode_labels(self.base, self._slots, card.prompt_format)
             bound = BoundAdapter(key, artifact, card.prompt_format, labels, tensors)
+            if card.rank > self._slots.max_rank:
+                self._slots.detach()
+                self._slots, self._table = self._new_slots(card.rank)
             # The canaries must judge these tensors, not those that an earlier binding of the key left in a slot.
             self._empty_slot(key)
             slot = self._resident_slot(bound, pinned=())
@@ -160,6 +163,11 @@ class Engine:
         if bound is None:
             raise UnknownTaskError(f"{key} is not bound here; bound are {', '.join(sorted(self._bound)) or 'none'}")
         return bound
+
+    def _new_slots(self, max_rank: int) -> tuple[AdapterSlots, SlotTable]:
+        """Empty slots; bound adapters come back from host memory when they are next asked for."""
+        names = match_modules(self.base.model, "all-linear")
+        return AdapterSlots(self.base.model, names, self._num_slots, max_rank), SlotTable(self._num_slots)
 
     def _resident_slot(self, bound: BoundAdapter, pinned: Sequence[str]) -> int:
         placement = self._table.assign(bound.key, pinned)

@@ -303,11 +303,14 @@ def test_two_versions_of_a_task_answer_side_by_side(make_engine, tiny_adapter, f
         assert_same(alone.classify(works[seed - 1 :: 2]), answers[seed - 1 :: 2])
 
 
-def test_adapter_of_a_larger_rank_than_the_slots_is_refused(make_engine, tiny_adapter):
-    engine = make_engine("encoder", max_rank=4)
-    with pytest.raises(AdapterError, match=r"mail@1: .* has rank 8, the slots hold 1 to 4"):
-        engine.bind(tiny_adapter("encoder", MAIL), 1)
-    assert engine.residents == {}
+def test_slots_grow_for_an_adapter_of_a_larger_rank(make_engine, tiny_adapter, family):
+    roomy, tight = make_engine(family, max_rank=8), make_engine(family, max_rank=1)
+    for version in (1, 2):
+        for engine in (roomy, tight):
+            engine.bind(tiny_adapter(family, CARDS if version == 1 else MAIL, version), version)
+    items = {"cards@1": "where is my card", "mail@2": {"subject": "hello", "body": "where is my card"}}
+    works = [Work(key, tight.prompt(key, item)) for key, item in items.items()]
+    assert_same(tight.classify(works), roomy.classify(works))
 
 
 # Refusals: each takes a copy of a good folder and breaks it

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from multilora.spec import BaseSpec, ResourceSpec
-from orchestrator.plan import START_UP_S, ClusterSize, Plan, TaskNeed, plan_groups
+from orchestrator.plan import START_UP_S, ClusterSize, Plan, TaskNeed, has_room, plan_groups
 
 GIB = 2**30
 SMALL = BaseSpec(model="small")
@@ -132,6 +132,26 @@ def test_cpu_lanes():
     plan = plan_groups(needs(7, resources=ResourceSpec(gpus=0, cpus=8)), THREE_GPUS, 16)
     assert sorted(len(group.members) for group in plan.groups) == [1, 2, 2, 2]
     assert plan_groups(needs(7, resources=ResourceSpec(cpus=0.5)), TWO_CPUS, 16).groups[0].cpus == 0.5
+
+
+@pytest.mark.parametrize("gpus", [None, 0, 0.1, 0.5, 2])
+def test_groups_start_until_the_cluster_is_full(gpus):
+    plan = plan_groups(needs(60, resources=ResourceSpec(gpus=gpus)), THREE_GPUS, 16)
+    busy = []
+    for group in plan.groups:
+        assert has_room(group, busy, THREE_GPUS)
+        busy.append(group)
+    assert not has_room(plan.groups[0], busy, THREE_GPUS)
+    assert has_room(plan.groups[0], busy[1:], THREE_GPUS)
+
+
+def test_a_group_waits_for_cpus_and_for_gpus():
+    one_gpu = plan_groups(needs(1), THREE_GPUS, 16).groups[0]
+    all_cpus = replace(one_gpu, gpus=0.0, cpus=32.0)
+    assert has_room(all_cpus, [], THREE_GPUS)
+    assert not has_room(all_cpus, [one_gpu], THREE_GPUS)
+    assert not has_room(one_gpu, [all_cpus], THREE_GPUS)
+    assert not has_room(one_gpu, [replace(one_gpu, gpus=2.5)], THREE_GPUS)
 
 
 def test_a_plan_never_has_more_groups_than_tasks():

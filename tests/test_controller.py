@@ -1,0 +1,226 @@
+"""Law 10 with the real controller: killed after any write to the registry and started again, it ends in the same state.
+
+The registry is a fake that forgets nothing; training and evaluation, which need Ray, are their results.
+"""
+
+import json
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from multilora.registry import AdapterVersion, RunRecord
+from multilora.spec import TaskSpec
+from orchestrator.adapter_run import TrainEvent
+from orchestrator.config import OrchestratorConfig
+from orchestrator.controller import Controller
+from orchestrator.evaluate import EvalReport, Graded, store_reports
+from orchestrator.prepare import prepare
+from orchestrator.state import Action, Event, Status
+from orchestrator.trainer import GroupTrainer
+
+OTHER = AdapterVersion("mood", 1, "digest", "other-run", {"run_key": "other-key"})
+
+
+class Killed(BaseException):
+    """The controller's process ends here."""
+
+
+class FakeRegistry:
+    """Keeps runs, versions and aliases; ends the process right after write number `kill_at`."""
+
+    def __init__(self):
+        self.runs, self.versions, self.aliases = {}, {}, {}
+        self.num_writes, self.kill_at = 0, None
+
+    def _written(self):
+        self.num_writes += 1
+        if self.num_writes == self.kill_at:
+            raise Killed
+
+    def find_run(self, task, run_key):
+        tags = self.runs.get(f"{task}/{run_key}")
+        return None if tags is None else RunRecord(f"{task}/{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
+
+    def start_run(self, task, run_key, params, tags):
+        self.runs[f"{task}/{run_key}"] = dict(tags)
+        self._written()
+        return self.find_run(task, run_key)
+
+    def set_tags(self, run_id, tags):
+        self.runs[run_id].update(tags)
+        self._written()
+
+    def end_run(self, run_id, is_ok):
+        self._written()
+
+    def log_metrics(self, run_id, points):
+        pass
+
+    def log_texts(self, run_id, texts):
+        pass
+
+    def version_of_run(self, run):
+        return next((version for version in self.versions.values() if version.run_id == run.run_id), None)
+
+    def register(self, run, adapter_dir, digest, model_code, description, tags):
+        if self.version_of_run(run) is None:
+            number = len(self.versions) + 1
+            self.versions[number] = AdapterVersion(run.task, number, digest, run.run_id, dict(tags))
+            self._written()
+        return self.version_of_run(run)
+
+    def tag_version(self, version, tags):
+        self.versions[version.version].tags.update(tags)
+        self._written()
+
+    def describe_version(self, version, description):
+        self._written()
+
+    def set_alias(self, version, alias):
+        self.aliases[alias] = version.version
+        self._written()
+
+    def drop_alias(self, task, alias):
+        self.aliases.pop(alias, None)
+        self._written()
+
+    def by_alias(self, task, alias):
+        return self.versions.get(self.aliases.get(alias))
+
+    def state(self):
+        return {"runs": self.runs, "versions": self.versions, "aliases": self.aliases}
+
+
+@pytest.fixture
+def task(base_folder, tmp_path):
+    """A prepared task over a tiny base."""
+    rows = [{"text": f"example {i}", "label": ("yes", "no")[i % 2]} for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    raw = {"name": "mood", "base": {"model": str(base_folder("encoder"))}, "data": {"train": str(tmp_path / "data.jsonl")}}
+    spec = TaskSpec.model_validate({**raw, "instruction": "{text} {labels}", "labels": {"yes": None, "no": None}, "train": {"epochs": 1}})
+    ((prepared,), _) = prepare([spec])
+    return prepared
+
+
+@pytest.fixture
+def adapter_dir(task, fresh_base, tmp_path):
+    """The adapter folder that training this task gives."""
+    member = Controller(OrchestratorConfig(workspace=tmp_path / "elsewhere"), FakeRegistry(), print)._member(task)
+    GroupTrainer(fresh_base("encoder"), [member], 1, lambda event: None).train(lambda: False, 1e9)
+    return Path(member.adapter_dir)
+
+
+class Submission:
+    """What a submission does with one task, Ray aside: observe, then act until the run is judged."""
+
+    def __init__(self, task, adapter_dir, workspace, registry, num_right):
+        self.task, self.trained, self.registry, self.num_right = task, adapter_dir, registry, num_right
+        self.config = OrchestratorConfig(workspace=workspace)
+
+    def run(self):
+        controller = Controller(self.config, self.registry, lambda update: None)
+        work = controller.observe(self.task)
+        if work.action is Action.KEEP:
+            return work
+        if work.action is Action.TRAIN:
+            controller.start_run(work)
+            controller._handle(self.train(), {self.task.run_key: work})
+        if work.action is Action.REGISTER:
+            controller.register(work)
+        if controller.needs_evaluation(work):
+            systems = {work.version.key: "candidate", "zero-shot": "zero-shot", OTHER.key: "champion"}
+            work.reports = {system: self.report(system, self.num_right[kind]) for system, kind in systems.items()}
+            store_reports(self.config.answers_file(self.task.run_key), work.reports.values())
+            if work.status is Status.REGISTERED:
+                controller._move(work, Event.EVALUATED)
+        controller.judge(work)
+        return work
+
+    def train(self):
+        """Events of a worker; one that starts again after the adapter was written only says that it is finished."""
+        folder = self.config.adapter_dir(self.task.run_key)
+        kinds = ["finished"] if folder.exists() else ["started", "progress", "finished"]
+        shutil.copytree(self.trained, folder, dirs_exist_ok=True)
+        return [TrainEvent(kind, "mood", self.task.run_key, 0, 1, 0) for kind in kinds]
+
+    def report(self, system, num_right):
+        rows = enumerate(self.task.dataset.gate)
+        graded = (Graded(e.id, "", e.label, e.label if row < num_right else "wrong", 1.0, ()) for row, e in rows)
+        return EvalReport("mood", system, "", self.task.dataset.gate_fingerprint, ("yes", "no"), tuple(graded))
+
+
+def registry_with(champion):
+    registry = FakeRegistry()
+    if champion:
+        registry.versions[OTHER.version], registry.aliases["champion"] = deepcopy(OTHER), OTHER.version
+    return registry
+
+
+SCENARIOS = {
+    "first version": ({"candidate": 20, "zero-shot": 12, "champion": 0}, False, Status.PROMOTED),
+    "as good as the champion and as the base": ({"candidate": 20, "zero-shot": 20, "champion": 20}, True, Status.PROMOTED),
+    "better than the champion": ({"candidate": 24, "zero-shot": 12, "champion": 10}, True, Status.PROMOTED),
+    "worse than the champion": ({"candidate": 10, "zero-shot": 5, "champion": 24}, True, Status.REJECTED),
+}
+
+
+@pytest.mark.parametrize(("num_right", "has_champion", "status"), SCENARIOS.values(), ids=SCENARIOS)
+def test_a_submission_ends_with_the_right_aliases(num_right, has_champion, status, task, adapter_dir, tmp_path):
+    registry = registry_with(has_champion)
+    submission = Submission(task, adapter_dir, tmp_path / "work", registry, num_right)
+    work = submission.run()
+    assert work.status is status
+    candidate = 2 if has_champion else 1
+    assert registry.aliases == ({"champion": candidate} if status is Status.PROMOTED else {"champion": 1, "challenger": 2})
+    if status is Status.PROMOTED:
+        assert registry.versions[candidate].tags["previous_champion"] == ("1" if has_champion else "")
+    num_writes = registry.num_writes
+    assert submission.run().action is Action.KEEP
+    assert registry.num_writes == num_writes
+
+
+@pytest.mark.parametrize(("num_right", "has_champion", "status"), SCENARIOS.values(), ids=SCENARIOS)
+def test_killed_after_any_write_and_started_again_ends_in_the_same_state(
+    num_right, has_champion, status, task, adapter_dir, tmp_path
+):
+    undisturbed = registry_with(has_champion)
+    Submission(task, adapter_dir, tmp_path / "undisturbed", undisturbed, num_right).run()
+    assert undisturbed.num_writes > 8
+    different = []
+    for kill_at in range(1, undisturbed.num_writes + 1):
+        registry = registry_with(has_champion)
+        registry.kill_at = kill_at
+        submission = Submission(task, adapter_dir, tmp_path / f"killed-{kill_at}", registry, num_right)
+        with pytest.raises(Killed):
+            submission.run()
+        submission.run()
+        if registry.state() != undisturbed.state():
+            different.append((kill_at, registry.aliases, registry.runs))
+    assert not different
+
+
+def test_events_that_a_restarted_worker_sends_again_change_nothing(task, adapter_dir, tmp_path):
+    registry = registry_with(champion=False)
+    submission = Submission(task, adapter_dir, tmp_path / "work", registry, {})
+    controller = Controller(submission.config, registry, lambda update: None)
+    work = controller.observe(task)
+    controller.start_run(work)
+    controller._handle(submission.train(), {task.run_key: work})
+    assert work.status is Status.REGISTERED
+    state = deepcopy(registry.state())
+    # Another member of the group killed the worker; Ray Train starts it again with all members.
+    controller._handle(submission.train(), {task.run_key: work})
+    assert (work.status, work.error) == (Status.REGISTERED, "")
+    assert registry.state() == state
+
+
+def test_a_failure_that_a_restarted_worker_reports_again_is_one_failure(task, adapter_dir, tmp_path):
+    controller = Controller(OrchestratorConfig(workspace=tmp_path / "work"), registry_with(champion=False), lambda update: None)
+    work = controller.observe(task)
+    controller.start_run(work)
+    for _ in range(2):
+        events = [TrainEvent(kind, "mood", task.run_key, 0, 1, 0, message="loss is not finite") for kind in ("started", "failed")]
+        controller._handle(events, {task.run_key: work})
+        assert (work.status, work.error) == (Status.FAILED, "loss is not finite")
