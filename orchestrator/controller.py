@@ -198,9 +198,11 @@ class Controller:
         )
         work.verdict, work.reference = verdict, reference
         reason = "; ".join(verdict.reasons)
-        numbers = f"{gate.metric} {candidate.value(gate.metric):.4f} on {len(candidate.answers)} gate examples"
-        self._registry.tag_version(work.version, {TAG_VERDICT: str(verdict.kind), "reasons": reason, gate.metric: numbers})
-        self._registry.describe_version(work.version, f"**{verdict.kind}** {reason}. {numbers}.")
+        value, num_examples = f"{candidate.value(gate.metric):.4f}", str(len(candidate.answers))
+        tags = {TAG_VERDICT: str(verdict.kind), "reasons": reason, gate.metric: value, "num_gate_examples": num_examples}
+        self._registry.tag_version(work.version, tags)
+        text = f"**{verdict.kind}** {reason}. {gate.metric} {value} on {num_examples} gate examples."
+        self._registry.describe_version(work.version, text)
         self._registry.set_tags(work.run.run_id, {TAG_GATE: work.prepared.gate_hash, TAG_VERDICT: str(verdict.kind)})
         if verdict.is_promoted:
             before = work.champion.version if work.champion and not is_first else ""

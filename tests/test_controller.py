@@ -98,8 +98,14 @@ def task(base_folder, tmp_path):
     """A prepared task over a tiny base."""
     rows = [{"text": f"example {i}", "label": ("yes", "no")[i % 2]} for i in range(60)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    raw = {"name": "mood", "base": {"model": str(base_folder("encoder"))}, "data": {"train": str(tmp_path / "data.jsonl")}}
-    spec = TaskSpec.model_validate({**raw, "instruction": "{text} {labels}", "labels": {"yes": None, "no": None}, "train": {"epochs": 1}})
+    spec = TaskSpec(
+        name="mood",
+        base={"model": str(base_folder("encoder"))},
+        data={"train": str(tmp_path / "data.jsonl")},
+        instruction="{text} {labels}",
+        labels={"yes": None, "no": None},
+        train={"epochs": 1},
+    )
     ((prepared,), _) = prepare([spec])
     return prepared
 
@@ -130,7 +136,7 @@ class Submission:
         if work.action is Action.REGISTER:
             controller.register(work)
         if controller.needs_evaluation(work):
-            systems = {work.version.key: "candidate", "zero-shot": "zero-shot", OTHER.key: "champion"}
+            systems = {OTHER.key: "champion", "zero-shot": "zero-shot", work.version.key: "candidate"}
             work.reports = {system: self.report(system, self.num_right[kind]) for system, kind in systems.items()}
             store_reports(self.config.answers_file(self.task.run_key), work.reports.values())
             if work.status is Status.REGISTERED:
