@@ -52,15 +52,13 @@ class AdapterSlots:
         for name, linear in modules.items():
             layer = MultiLoraLinear(linear, self, offset, len(self.layers))
             offset += max_rank * (linear.in_features + linear.out_features)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            model.set_submodule(name, layer)
             self.layers[name] = layer
 
     def detach(self) -> None:
         """Give the model its own linear layers back; these slots are of no use afterwards."""
         for name, layer in self.layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self._model.get_submodule(parent), child, layer.base)
+            self._model.set_submodule(name, layer.base)
 
     @contextmanager
     def using(self, segments: Sequence[Segment], dropout_keys: Sequence[int] | None = None) -> Iterator[None]:

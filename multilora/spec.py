@@ -236,6 +236,7 @@ def spec_hash(spec: TaskSpec) -> str:
     decisive = spec.model_dump(mode="json", include={"instruction", "labels", "lora", "train"})
     decisive["columns"] = [spec.data.text, spec.data.label]
     decisive["base"] = [spec.base.dtype, spec.base.quantization]
+    decisive["metric"] = spec.gate.metric  # it chooses the epoch
     # Label order is part of the prompt, so keys stay in the user's order.
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 

@@ -204,13 +204,16 @@ class Controller:
         text = f"**{verdict.kind}** {reason}. {gate.metric} {value} on {num_examples} gate examples."
         self._registry.describe_version(work.version, text)
         self._registry.set_tags(work.run.run_id, {TAG_GATE: work.prepared.gate_hash, TAG_VERDICT: str(verdict.kind)})
-        if verdict.is_promoted:
-            before = work.champion.version if work.champion and not is_first else ""
-            self._registry.tag_version(work.version, {"previous_champion": str(before)})
-            self._registry.set_alias(work.version, CHAMPION)
-            self._registry.drop_alias(work.task, CHALLENGER)
-            work.champion = work.version
-        self._move(work, Event.PROMOTED if verdict.is_promoted else Event.REJECTED, reason)
+        if not verdict.is_promoted:
+            self._move(work, Event.REJECTED, reason)
+            return
+        before = work.champion.version if work.champion and not is_first else ""
+        self._registry.tag_version(work.version, {"previous_champion": str(before)})
+        # The alias moves last: killed before it, the run is PROMOTED and not champion, which is judged again.
+        self._move(work, Event.PROMOTED, reason)
+        self._registry.drop_alias(work.task, CHALLENGER)
+        self._registry.set_alias(work.version, CHAMPION)
+        work.champion = work.version
 
     def outcome_of(self, work: TaskWork) -> TaskOutcome:
         """What the report says of a task."""
@@ -245,6 +248,8 @@ class Controller:
         for event in events:
             work = by_key[event.run_key]
             assert work.run is not None
+            if work.status is not Status.TRAINING:
+                continue  # a worker that died starts again with all members, and reports the finished ones once more
             named = [(name, value, event.step, event.unix_ms) for name, value in event.metrics.items()]
             points.setdefault(work.run.run_id, []).extend(named)
             if event.kind == "finished":

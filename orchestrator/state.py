@@ -76,6 +76,10 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.TRAINED, Event.FAILED): Status.FAILED,
     (Status.REGISTERED, Event.EVALUATED): Status.EVALUATED,
     (Status.REGISTERED, Event.FAILED): Status.FAILED,
+    # A version that was good and cannot be bound any more: its files or its base changed.
+    (Status.EVALUATED, Event.FAILED): Status.FAILED,
+    (Status.PROMOTED, Event.FAILED): Status.FAILED,
+    (Status.REJECTED, Event.FAILED): Status.FAILED,
     (Status.EVALUATED, Event.PROMOTED): Status.PROMOTED,
     (Status.EVALUATED, Event.REJECTED): Status.REJECTED,
     (Status.PROMOTED, Event.RECONSIDERED): Status.EVALUATED,
