@@ -133,6 +133,8 @@ class Controller:
             work.version = self._registry.register(work.run, folder, artifact.digest, PYFUNC_CODE, description, tags)
             self._registry.set_alias(work.version, CHALLENGER)
             self._move(work, Event.REGISTERED)
+            # A worker killed between writing the adapter and deleting its checkpoint leaves one behind.
+            self._config.checkpoint_file(prepared.run_key).unlink(missing_ok=True)
             self._registry.end_run(work.run.run_id, is_ok=True)
         except MultiLoraError as error:
             self._fail(work, str(error))

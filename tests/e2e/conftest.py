@@ -29,12 +29,21 @@ class CommandLine:
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start a command; it leads a process group of its own, as under a shell."""
-        env = {**os.environ, "ORCHESTRATOR_HOME": str(self.workspace)}
         argv = [sys.executable, "-m", "orchestrator", *map(str, words)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            argv, env=env, cwd=self.workspace.parent, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+            argv, env=self.env, cwd=self.workspace.parent, text=True, stdout=pipe, stderr=pipe, start_new_session=True
         )
+
+    @property
+    def env(self) -> dict[str, str]:
+        """This environment with the workspace in it."""
+        return {**os.environ, "ORCHESTRATOR_HOME": str(self.workspace)}
+
+    def python(self, code: str) -> str:
+        """Run Python code over the workspace and return what it printed."""
+        argv = [sys.executable, "-c", code]
+        return subprocess.run(argv, env=self.env, cwd=self.workspace.parent, text=True, check=True, stdout=subprocess.PIPE).stdout
 
     def run(self, *words: object, code: int = 0) -> str:
         """Run a command to its end, check its exit code and return what it printed."""

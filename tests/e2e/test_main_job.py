@@ -115,3 +115,17 @@ def test_the_shipped_tasks_are_disjoint_from_one_another() -> None:
     texts = [json.loads(line)["text"] for file in DATA.glob("*.jsonl") for line in file.read_text().splitlines()]
     assert len(texts) >= 1500
     assert len(texts) == len(set(texts))
+
+
+def test_the_python_example_of_the_readme(cli: CommandLine) -> None:
+    root = DATA.parents[1]
+    block = (root / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    before, marker, _ = block.partition("# after `orchestrator serve`:")
+    assert marker
+    code = before.replace("tasks/client-talk.yaml", str(DATA.parent / "client-talk.yaml"))
+    outcome, report_file = cli.python(code).split()
+    assert outcome == "CLEAR"
+    assert Path(report_file).is_file()
+    cli.run("serve", "--port", 8500 + random.randrange(400))
+    asked = cli.python(block.replace("tasks/client-talk.yaml", str(DATA.parent / "client-talk.yaml")))
+    assert asked.split()[-1] == "change"
