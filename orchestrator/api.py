@@ -9,8 +9,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -18,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import httpx
 
-from multilora.errors import CapacityError, MultiLoraError, Problem, RequestError, UnknownTaskError
-from multilora.registry import CHAMPION, Registry
+from multilora.errors import CapacityError, MultiLoraError, Problem
+from multilora.registry import Registry
 from multilora.spec import GateSpec, TaskSpec, load_task_specs
-from orchestrator import background
 from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller, git_sha
 from orchestrator.judge import VerdictKind
 from orchestrator.plan import ClusterSize, Plan, plan_groups
 from orchestrator.prepare import PreparedTask, prepare
-from orchestrator.report import Outcome, TaskOutcome, build_report, write_report
+from orchestrator.report import Outcome, TaskOutcome, build_report
+from orchestrator.report_page import latest_report, write_report
+from orchestrator.services import query
 from orchestrator.state import Action, Status
+from orchestrator.status import TaskStatus, status
 from orchestrator.work import TaskWork, Update
 
 load = load_task_specs
@@ -58,17 +58,6 @@ class SubmitResult:
     report: dict[str, Any] | None
     """The report's object; None when nothing was judged."""
     report_file: Path | None
-
-
-@dataclass(frozen=True)
-class TaskStatus:
-    """Where a task stands in the registry."""
-
-    task: str
-    champion: int | None
-    num_versions: int
-    status: str
-    reason: str
 
 
 def plan(specs: Sequence[TaskSpec], config: OrchestratorConfig | None = None, *, force: bool = False) -> PlannedSubmission:
@@ -108,58 +97,6 @@ def submit(
             return _submit(specs, config, force, on_update, on_plan)
     except filelock.Timeout as error:
         raise CapacityError(f"another submit runs in {config.workspace}; wait for it, or use another --workspace") from error
-
-
-def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) -> list[TaskStatus]:
-    """Where every task (or the named ones) stands."""
-    config = config or OrchestratorConfig.from_environment()
-    registry = _registry(config)
-    rows = []
-    for task in sorted(set(tasks) or registry.tasks()):
-        runs = registry.runs(task)
-        champion = registry.by_alias(task, CHAMPION)
-        latest = runs[0] if runs else None
-        rows.append(
-            TaskStatus(
-                task,
-                champion.version if champion else None,
-                len(registry.versions(task)),
-                latest.status if latest else "NEW",
-                latest.tags.get("end_reason", "") if latest else "",
-            )
-        )
-    return rows
-
-
-def latest_report(config: OrchestratorConfig | None = None) -> tuple[dict[str, Any], Path]:
-    """The newest report and its HTML file. Raises RequestError where there is none yet."""
-    config = config or OrchestratorConfig.from_environment()
-    found = sorted(config.reports_dir.glob("*/report.json"))
-    if not found:
-        raise RequestError(f"there is no report in {config.workspace} yet; run: orchestrator submit tasks/*.yaml")
-    report: dict[str, Any] = json.loads(found[-1].read_text(encoding="utf-8"))
-    return report, found[-1].with_name("report.html")
-
-
-def query(
-    task: str, item: str | Mapping[str, str] | Sequence[str], config: OrchestratorConfig | None = None, url: str | None = None
-) -> dict[str, Any]:
-    """Ask the running endpoint. Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words."""
-    config = config or OrchestratorConfig.from_environment()
-    running = background.find(config.serve_file)
-    address = url or (running.url if running else None)
-    if address is None:
-        raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
-    try:
-        response = httpx.post(f"{address}/v1/classify", json={"model": task, "input": item}, timeout=60.0)
-    except httpx.HTTPError as error:
-        raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
-    body: dict[str, Any] = response.json()
-    if response.status_code == 404:
-        raise UnknownTaskError(body["error"]["message"])
-    if response.status_code != 200:
-        raise (CapacityError if response.status_code in (429, 503) else RequestError)(body["error"]["message"])
-    return body
 
 
 def _submit(

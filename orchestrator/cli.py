@@ -127,11 +127,12 @@ def status(
     workspace: Workspace = None,
 ) -> None:
     """Show champion, versions and run status of every task."""
-    from orchestrator import api, background
+    from orchestrator import background
+    from orchestrator.status import status as status_of
 
     config = _config(workspace)
     with _errors():
-        rows = api.status(config, tasks or ())
+        rows = status_of(config, tasks or ())
     endpoint = background.find(config.serve_file)
     if as_json:
         _print_json({"tasks": [asdict(row) for row in rows], "endpoint": endpoint.url if endpoint else None})
@@ -146,10 +147,10 @@ def status(
 @app.command(epilog="Example: orchestrator report --json")
 def report(as_json: Json = False, workspace: Workspace = None) -> None:
     """Show the newest cross-task report and where its HTML page is."""
-    from orchestrator import api
+    from orchestrator.report_page import latest_report
 
     with _errors():
-        found, html = api.latest_report(_config(workspace))
+        found, html = latest_report(_config(workspace))
     if as_json:
         _print_json(found)
     else:
@@ -165,14 +166,16 @@ def serve(
     workspace: Workspace = None,
 ) -> None:
     """Start the endpoint that answers for every task's champion, and return when it is ready."""
-    from orchestrator import deploy
-
     config = _config(workspace)
     with _errors():
         if foreground:
-            deploy.run_endpoint(config, host, port, replicas)
+            from orchestrator.deploy import run_endpoint
+
+            run_endpoint(config, host, port, replicas)
             return
-        url = deploy.start_endpoint(config, host, port, replicas)
+        from orchestrator.services import start_endpoint
+
+        url = start_endpoint(config, host, port, replicas)
     print(f"serving at {url}  (try: curl {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
 
 
@@ -185,10 +188,10 @@ def query(
     workspace: Workspace = None,
 ) -> None:
     """Ask the running endpoint for a task's label of each text."""
-    from orchestrator import api
+    from orchestrator import services
 
     with _errors():
-        answer = api.query(task, texts, _config(workspace), url)
+        answer = services.query(task, texts, _config(workspace), url)
     if as_json:
         _print_json(answer)
         return
@@ -199,22 +202,13 @@ def query(
 
 
 @app.command(epilog="Example: orchestrator ui --port 5000")
-def ui(port: Port = 5000, foreground: Foreground = False, workspace: Workspace = None) -> None:
-    """Open the MLflow registry of this workspace as a web page on this machine."""
-    import subprocess
+def ui(port: Port = 5000, workspace: Workspace = None) -> None:
+    """Start the MLflow registry of this workspace as a web page on this machine, and return when it is ready."""
+    from orchestrator.services import start_ui
 
-    from orchestrator import background, deploy
-
-    config = _config(workspace)
-    if config.tracking_uri:
-        print(f"MLflow runs at {config.tracking_uri}")
-        return
-    state_file, argv = deploy.ui_argv(config, port)
     with _errors():
-        if foreground:
-            raise typer.Exit(subprocess.run(argv, check=False).returncode)
-        running = background.start(state_file, argv, f"http://127.0.0.1:{port}", "/health")
-    print(f"MLflow at {running.url}  (registered adapters: {running.url}/#/models)")
+        url = start_ui(_config(workspace), port)
+    print(f"MLflow at {url}  (registered adapters: {url}/#/models)")
 
 
 @app.command(epilog="Example: orchestrator stop")
@@ -223,7 +217,7 @@ def stop(workspace: Workspace = None) -> None:
     from orchestrator import background
 
     config = _config(workspace)
-    for name, state_file in (("endpoint", config.serve_file), ("MLflow page", config.workspace / "ui.json")):
+    for name, state_file in (("endpoint", config.serve_file), ("MLflow page", config.ui_file)):
         print(f"{name}: {'stopped' if background.stop(state_file) else 'was not running'}")
 
 
@@ -318,7 +312,7 @@ def _print_result(result: SubmitResult) -> None:
 
 
 def _print_report(found: dict[str, Any], html: Path) -> None:
-    from orchestrator.report import SummaryRow, summary_rows
+    from orchestrator.report_page import SummaryRow, summary_rows
 
     table = _table(*(name.replace("_", "-") for name in SummaryRow._fields))
     for row in summary_rows(found):

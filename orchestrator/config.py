@@ -63,6 +63,11 @@ class OrchestratorConfig(Part):
         """Address and process of the running endpoint."""
         return self.workspace / "serve.json"
 
+    @property
+    def ui_file(self) -> Path:
+        """Address and process of the MLflow page."""
+        return self.workspace / "ui.json"
+
     def adapter_dir(self, run_key: str) -> Path:
         """Where a run's finished adapter is written."""
         return self.workspace / "adapters" / run_key / "adapter"

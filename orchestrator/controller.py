@@ -19,7 +19,7 @@ import ray
 from multilora.artifact import read_artifact
 from multilora.errors import AdapterError, MultiLoraError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
-from multilora.spec import BaseSpec
+from multilora.spec import BaseSpec, spec_hash
 from orchestrator.adapter_run import Member, TrainEvent
 from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
@@ -71,7 +71,7 @@ class Controller:
         prepared = work.prepared
         if work.run is None:
             tags = {
-                "spec_hash": prepared.run_key,
+                "spec_hash": spec_hash(prepared.spec),
                 "data_fingerprint": prepared.dataset.fingerprint,
                 "base_fingerprint": prepared.base_files.fingerprint,
                 "git_sha": git_sha(),

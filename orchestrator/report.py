@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.judge import ALPHA, Verdict, VerdictKind, wilson
+from orchestrator.report_page import percent
 
 if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
     from orchestrator.evaluate import EvalReport
@@ -81,19 +78,6 @@ class Decision(StrEnum):
     VERIFIED = "verified"
 
 
-class SummaryRow(NamedTuple):
-    """One task as plain strings, for a terminal table."""
-
-    task: str
-    verdict: str
-    champion: str
-    candidate: str
-    difference: str
-    n: str
-    baselines: str
-    note: str
-
-
 _OUTCOME_OF = {
     Decision.FAILED: Outcome.ERROR,
     Decision.REFUSED: Outcome.BLOCK,
@@ -127,37 +111,6 @@ def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapp
         "tasks": tasks,
     }
     return dict(json.loads(json.dumps(report, allow_nan=False)))
-
-
-def write_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write report.json and report.html into the folder, each whole or not at all; return the HTML file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(percent=_percent, points=_points, p_value=_p_value)
-    page = environment.get_template("report.html.jinja").render(report=report)
-    _write(folder / "report.json", json.dumps(report, allow_nan=False) + "\n")
-    return _write(folder / "report.html", page)
-
-
-def summary_rows(report: dict[str, Any]) -> list[SummaryRow]:
-    """Shorten a report to one row of plain strings per task, in the report's order."""
-    rows = []
-    for task in report["tasks"]:
-        verdict, before, candidate = task["verdict"], task["reference_result"], task["candidate_result"]
-        rows.append(
-            SummaryRow(
-                task=task["task"],
-                verdict=f"{task['decision']} ({verdict['kind']})" if verdict else task["decision"],
-                champion=f"{_percent(before['value'])} ({before['system']})" if before else task["champion"] or "none",
-                candidate=f"{_percent(candidate['value'])} ({candidate['system']})" if candidate else "",
-                difference=_points(verdict["difference"]) if verdict else "",
-                n=str(task["num_examples"]) if candidate else "",
-                baselines=", ".join(f"{base['system']} {_percent(base['value'])}" for base in task["baselines"]),
-                note=task["error"] or "; ".join([*(verdict["reasons"] if verdict else ()), *task["warnings"]]),
-            )
-        )
-    return rows
 
 
 def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
@@ -287,7 +240,7 @@ def _warnings(task: dict[str, Any]) -> list[str]:
     value = task["candidate_result"]["value"] if task["candidate_result"] else 1.0
     for base in task["baselines"]:
         if base["value"] > value and base["system"] != task["reference"]:
-            found.append(f"{base['system']} is better: {_percent(base['value'])} against {_percent(value)}")
+            found.append(f"{base['system']} is better: {percent(base['value'])} against {percent(value)}")
     for row in task["labels"]:
         if row["num_examples"] >= MIN_CLASS_EXAMPLES and row["reference_num_correct"] and not row["num_correct"]:
             found.append(f"none of the {row['num_examples']} `{row['label']}` examples is right any more")
@@ -324,25 +277,5 @@ def _axis(tasks: Sequence[dict[str, Any]]) -> float:
     return next(step for step in AXIS_STEPS if step >= min(reach, 1.0))
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _points(value: float) -> str:
-    """Format a difference of two shares in points, with its sign; what rounds to zero has none."""
-    return f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
-
-
-def _p_value(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write through a temporary neighbour; a lone surrogate from a data file must not cost the report."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_bytes(text.encode("utf-8", errors="replace"))
-    return draft.replace(path)

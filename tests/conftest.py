@@ -35,6 +35,11 @@ RandomAdapter = Callable[..., AdapterTensors]
 TinyAdapter = Callable[..., AdapterArtifact]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Laws first: the end-to-end tests, minutes each, come last."""
+    items.sort(key=lambda item: "e2e" in item.keywords)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # On a busy machine the threads of a tiny product wait for each other: 3 s a forward instead of 10 ms.

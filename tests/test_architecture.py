@@ -12,14 +12,15 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec prompt base_files base_model target_modules lora artifact scoring "
     "registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
-    "orchestrator": "config metrics batching dataset plan prepare state judge adapter_run trainer worker evaluate report cluster "
-    "background deploy work controller api progress cli __main__",
+    "orchestrator": "config metrics batching dataset plan prepare state judge adapter_run trainer worker evaluate "
+    "report_page report cluster background services status deploy work controller api progress cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrator.evaluate": ("serve.engine",)}
 LIGHT = """multilora.errors multilora.log multilora.spec multilora.prompt multilora.segments multilora.base_files
     serve.config serve.schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset orchestrator.plan
-    orchestrator.prepare orchestrator.state orchestrator.judge orchestrator.metrics orchestrator.batching orchestrator.cli"""
+    orchestrator.prepare orchestrator.report_page orchestrator.services orchestrator.state
+    orchestrator.judge orchestrator.metrics orchestrator.batching orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
@@ -61,3 +62,9 @@ def test_light_modules_load_no_torch_ray_or_mlflow():
 @pytest.mark.parametrize("module", MODULES)
 def test_a_file_past_350_lines_is_two_nouns(module):
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_the_file_tree_of_the_readme_is_true():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2].partition("\n## ")[0]
+    named = {word for word in tree.split() if word.endswith(".py")}
+    assert named == {file.name for file in MODULES.values() if file.name != "__main__.py"}

@@ -13,7 +13,8 @@ import pytest
 
 from orchestrator.evaluate import EvalReport, Graded
 from orchestrator.judge import ALPHA, GateInput, Verdict, VerdictKind, judge, mcnemar_midp
-from orchestrator.report import MAX_FLIPS, Outcome, TaskOutcome, build_report, summary_rows, write_report
+from orchestrator.report import MAX_FLIPS, Outcome, TaskOutcome, build_report
+from orchestrator.report_page import summary_rows, write_report
 
 CREATED = datetime(2026, 11, 23, 14, 55, tzinfo=UTC)
 FACTS = {"version": "0.1.0", "commit": "3f2a91c", "base": "tiny", "command": "orchestrator submit tasks/*.yaml"}

@@ -1,0 +1,63 @@
+"""The endpoint and the MLflow page as processes that outlive the command: start, ask, stop. Light: imports no torch, no Ray."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from multilora.errors import CapacityError, RequestError, SpecError, UnknownTaskError
+from orchestrator import background
+from orchestrator.config import OrchestratorConfig
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def start_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas: int) -> str:
+    """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError."""
+    url = f"http://{host}:{port}"
+    check_host(host)
+    argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
+            "--host", host, "--port", str(port), "--replicas", str(num_replicas)]  # fmt: skip
+    return background.start(config.serve_file, argv, url, "/readyz").url
+
+
+def start_ui(config: OrchestratorConfig, port: int) -> str:
+    """Start the MLflow page over the workspace's store and return its URL; a configured server is returned as it is."""
+    if config.tracking_uri:
+        return config.tracking_uri
+    argv = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", config.registry_uri, "--host", "127.0.0.1",
+            "--port", str(port), "--workers", "1"]  # fmt: skip
+    return background.start(config.ui_file, argv, f"http://127.0.0.1:{port}", "/health").url
+
+
+def query(
+    task: str, item: str | Mapping[str, str] | Sequence[str], config: OrchestratorConfig | None = None, url: str | None = None
+) -> dict[str, Any]:
+    """Ask the running endpoint. Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words."""
+    config = config or OrchestratorConfig.from_environment()
+    running = background.find(config.serve_file)
+    address = url or (running.url if running else None)
+    if address is None:
+        raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
+    try:
+        response = httpx.post(f"{address}/v1/classify", json={"model": task, "input": item}, timeout=60.0)
+    except httpx.HTTPError as error:
+        raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
+    body: dict[str, Any] = response.json()
+    if response.status_code == 404:
+        raise UnknownTaskError(body["error"]["message"])
+    if response.status_code != 200:
+        raise (CapacityError if response.status_code in (429, 503) else RequestError)(body["error"]["message"])
+    return body
+
+
+def check_host(host: str) -> None:
+    """Refuse to listen for other machines. Raises SpecError."""
+    if host not in LOOPBACK:
+        raise SpecError(
+            f"will not listen on {host}: this version has no API keys, so it serves this machine only; "
+            "use --host 127.0.0.1 and put an authenticating proxy in front"
+        )

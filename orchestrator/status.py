@@ -1,0 +1,41 @@
+"""Where every task stands in the registry. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from multilora.registry import CHAMPION, Registry
+from orchestrator.config import OrchestratorConfig
+
+
+@dataclass(frozen=True)
+class TaskStatus:
+    """Where a task stands in the registry."""
+
+    task: str
+    champion: int | None
+    num_versions: int
+    status: str
+    reason: str
+
+
+def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) -> list[TaskStatus]:
+    """Where every task (or the named ones) stands."""
+    config = config or OrchestratorConfig.from_environment()
+    registry = Registry(config.registry_uri, config.artifact_root)
+    rows = []
+    for task in sorted(set(tasks) or registry.tasks()):
+        runs = registry.runs(task)
+        champion = registry.by_alias(task, CHAMPION)
+        latest = runs[0] if runs else None
+        rows.append(
+            TaskStatus(
+                task,
+                champion.version if champion else None,
+                len(registry.versions(task)),
+                latest.status if latest else "NEW",
+                latest.tags.get("end_reason", "") if latest else "",
+            )
+        )
+    return rows
