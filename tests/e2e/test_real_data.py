@@ -12,7 +12,7 @@ import yaml
 from e2e.conftest import MINILM, SHARED, CommandLine, needs_minilm, write_spec
 
 TASKS = ("snips", "banking77", "scicite")
-NUM_TRAIN, NUM_GATE = 400, 300
+NUM_TRAIN, NUM_GATE = 400, 200
 
 
 def rows_of(name: str, split: str) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def test_three_public_tasks_beat_tf_idf(cli: CommandLine, tmp_path: Path) -> Non
         gate = [row for row in rows_of(name, "test") if row["text"] not in seen][:NUM_GATE]
         labels = sorted({row["label"] for row in train})
         file = write_spec(
-            tmp_path, name, train, MINILM, dict.fromkeys(labels), epochs=8, learning_rate=2e-3, max_examples=NUM_TRAIN
+            tmp_path, name, train, MINILM, dict.fromkeys(labels), epochs=5, learning_rate=2e-3, max_examples=NUM_TRAIN
         )
         (tmp_path / f"{name}-gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gate), encoding="utf-8")
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
