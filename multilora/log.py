@@ -13,6 +13,7 @@ def setup_logging(level: str | None = None) -> None:
     logging.basicConfig(level=chosen, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     # Progress bars for files of a few kilobytes tell nobody anything.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for noisy in ("transformers", "bitsandbytes", "datasets", "httpx", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # bitsandbytes warns on every int8 layer that CPU inputs are cast; that is what the user asked for.

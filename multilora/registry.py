@@ -139,8 +139,10 @@ class Registry:
                     metadata={"digest": digest},
                 )
             self._ensure_model(run.task, description)
+            # A server takes a `models:/` source only together with the model's id.
+            all_tags = {TAG_OWNER: "1", "digest": digest, **tags}
             version = self._client.create_model_version(
-                run.task, info.model_uri, run.run_id, tags={TAG_OWNER: "1", "digest": digest, **tags}
+                run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id
             )
         return _version(version)
 
