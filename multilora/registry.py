@@ -7,6 +7,7 @@ write can be repeated after a crash without making a second one.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -127,9 +128,7 @@ class Registry:
         if found and found.digest == digest:
             return found
         with _named_errors(self.tracking_uri):
-            mlflow.set_tracking_uri(self.tracking_uri)
-            mlflow.set_registry_uri(self.tracking_uri)
-            with mlflow.start_run(run_id=run.run_id):
+            with _process_default(self.tracking_uri), mlflow.start_run(run_id=run.run_id):
                 info = mlflow.pyfunc.log_model(
                     name=ADAPTER_PATH,
                     python_model=str(model_code),
@@ -270,6 +269,23 @@ def _version(version: ModelVersion) -> AdapterVersion:
 
 def _is_missing(error: BaseException | None) -> bool:
     return isinstance(error, MlflowException) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+@contextmanager
+def _process_default(tracking_uri: str) -> Iterator[None]:
+    """Make a store the process-wide one for MLflow's fluent calls.
+
+    MLflow writes it into the environment too, where it would look like the user's own wish to every later configuration.
+    """
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    try:
+        yield
+    finally:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @contextmanager
