@@ -1,6 +1,7 @@
 """The registry over a real MLflow: writes can be repeated, only champions are served, a version is fetched whole and once."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,12 @@ def other_registry(tmp_path_factory):
 
 
 # Runs
+
+
+def test_registering_leaves_no_store_in_the_environment(register):
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    register("env")
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
 
 
 def test_run_is_found_again_by_its_key(registry):
