@@ -256,7 +256,7 @@ async def test_other_routes_are_refused_in_the_same_shape(serving):
 
 async def test_full_queue_is_429_with_retry_after_and_loses_nothing(crown, serving, expected):
     crown(CARDS_1)
-    async with serving(max_queue_inputs=4) as (replica, client):
+    async with serving(max_queue_inputs=4, max_inputs_per_request=4) as (replica, client):
         await replica.sync()
         server = replica._server_of[replica._keys["cards"]]
         with engine_held(replica, CARDS):
