@@ -42,7 +42,7 @@ def _wait_for(condition, timeout_s: float) -> None:
 def test_lost_worker_then_interrupt_then_kill_then_continue(cli: CommandLine, tmp_path: Path) -> None:
     build_t5(tmp_path / "t5")
     rows = animal_rows(240)
-    train = {"epochs": 25, "learning_rate": 0.01, "batch_size": 8}
+    train = {"epochs": 40, "learning_rate": 0.01, "batch_size": 8}
     t5 = write_spec(tmp_path, "animals", rows, "./t5", {"bird": None, "fish": None}, **train)
     minilm = demo_task(tmp_path, "question-type", epochs=2, learning_rate=2e-3, max_examples=120)
 
