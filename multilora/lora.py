@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from multilora.errors import AdapterError
+from multilora.routing import Routing, Run
 from multilora.segments import Segment
 from multilora.target_modules import linear_of
 
@@ -34,8 +35,7 @@ class AdapterSlots:
         """Wrap `module_names` of `model` in place. Weights are float32 when trainable, else in the base's dtype."""
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self.segments: tuple[Segment, ...] = ()
-        self.dropout_keys: tuple[int, ...] | None = None
+        self.routing = Routing((), None)
         self.ranks = [0] * num_slots
         self.scalings = [0.0] * num_slots
         self.dropouts = [0.0] * num_slots
@@ -66,12 +66,12 @@ class AdapterSlots:
 
         `dropout_keys`, one per row, turns the slots' dropout on; equal keys give equal masks.
         """
-        before = self.segments, self.dropout_keys
-        self.segments, self.dropout_keys = tuple(segments), None if dropout_keys is None else tuple(dropout_keys)
+        before = self.routing
+        self.routing = Routing(segments, dropout_keys)
         try:
             yield
         finally:
-            self.segments, self.dropout_keys = before
+            self.routing = before
 
     def fresh(self, slot: int, module_names: Sequence[str], rank: int, scaling: float, generator: torch.Generator) -> None:
         """Start a new adapter: A uniform in +-1/sqrt(I), B zero, so that its output equals the base exactly.
@@ -205,110 +205,68 @@ class MultiLoraLinear(nn.Module):
     def forward(self, x_BTI: Tensor) -> Tensor:
         """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
         y_BTO: Tensor = self.base(x_BTI)
-        spans = self._adapted_spans(x_BTI.shape[0])
-        if not spans:
+        slots, routing = self._slots, self._slots.routing
+        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device)
+        assert routing.num_rows in (0, x_BTI.shape[0]), f"segments cover {routing.num_rows} rows, the batch has {x_BTI.shape[0]}"
+        if not runs:
             return y_BTO
-        if self._slots.dropout_keys is not None and any(self._slots.dropouts[slot] for slot, _, _ in spans):
-            x_BTI = x_BTI * self._dropout_mask(x_BTI, spans)
-        x_BTI = x_BTI.to(y_BTO.dtype)
-        if x_BTI.is_cuda:
-            return self._add_grouped(y_BTO, x_BTI, spans)
+        if routing.dropout_keys is not None and any(slots.dropouts[slot] for run in runs for slot in run.slots):
+            x_BTI = x_BTI * self._dropout_mask(x_BTI, routing.dropout_keys, runs)
+        x_BTI = x_BTI.to(y_BTO.dtype).contiguous()
         if torch.is_grad_enabled() and type(self.base) is not nn.Linear:
             # The 8-bit layer of bitsandbytes returns a view that autograd lets nobody change in place.
             y_BTO = y_BTO.clone()
-        updated: Tensor = _AddOneByOne.apply(y_BTO, x_BTI, self.a_SRI, self, spans)  # type: ignore[no-untyped-call]
+        updated: Tensor = _AddUpdates.apply(y_BTO, x_BTI, self.a_SRI, self, runs)  # type: ignore[no-untyped-call]
         return updated
 
-    def halves(self, slot: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """One adapter's A [R, I] and B [O, R] at its own rank, in the dtype of `like`."""
-        rank = self._slots.ranks[slot]
-        return self.a_SRI[slot, :rank].to(like.dtype), self.b_SOR[slot, :, :rank].to(like.dtype)
+    def halves(self, run: Run, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The A's [G, R, I] and B's [G, O, R] of a run's slots, at the largest of their ranks, in the dtype of `like`."""
+        a_GRI, b_GOR = self.a_SRI[run.index, : run.rank], self.b_SOR[run.index, :, : run.rank]
+        return a_GRI.to(like.dtype), b_GOR.to(like.dtype)
 
-    def grad_halves(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Where one adapter's gradients add up."""
-        rank = self._slots.ranks[slot]
+    def add_gradients(self, run: Run, grad_a_GRI: Tensor, grad_b_GOR: Tensor) -> None:
+        """Add to the gradients of a run's slots."""
         assert self.a_SRI.grad is not None
         assert self.b_SOR.grad is not None
-        return self.a_SRI.grad[slot, :rank], self.b_SOR.grad[slot, :, :rank]
+        run.add_to(self.a_SRI.grad[:, : run.rank], grad_a_GRI)
+        run.add_to(self.b_SOR.grad[:, :, : run.rank], grad_b_GOR)
 
-    def scaling(self, slot: int) -> float:
-        """alpha / rank of one adapter."""
-        return self._slots.scalings[slot]
-
-    def _adapted_spans(self, num_rows: int) -> list[tuple[int, int, int]]:
-        """List (slot, first row, end row) of the segments whose adapter changes this module."""
-        spans, row = [], 0
-        for segment in self._slots.segments:
-            if segment.slot in self.bound_slots:
-                spans.append((segment.slot, row, row + segment.num_rows))
-            elif segment.slot is not None and not self._slots.ranks[segment.slot]:
-                raise AdapterError(f"slot {segment.slot} is empty")
-            row += segment.num_rows
-        assert row in (0, num_rows), f"segments cover {row} rows, the batch has {num_rows}"
-        return spans
-
-    def _add_grouped(self, y_BTO: Tensor, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-        """Add runs of equally long neighbouring segments as one batched product each: few launches, for a GPU."""
-        pieces: list[Tensor] = []
-        row = 0
-        for run in _equal_runs(spans):
-            start, end = run[0][1], run[-1][2]
-            if start > row:
-                pieces.append(y_BTO[row:start])
-            slots = [slot for slot, _, _ in run]
-            a_GRI, b_GOR = self._pick(self.a_SRI, slots, y_BTO), self._pick(self.b_SOR, slots, y_BTO)
-            h_GNR = torch.bmm(x_BTI[start:end].reshape(len(run), -1, self.in_features), a_GRI.mT)
-            scalings = [self._slots.scalings[slot] for slot in slots]
-            h_GNR = h_GNR * torch.tensor(scalings, dtype=h_GNR.dtype, device=h_GNR.device)[:, None, None]
-            y_GNO = y_BTO[start:end].reshape(len(run), -1, self.out_features)
-            pieces.append(torch.baddbmm(y_GNO, h_GNR, b_GOR.mT).view(end - start, *y_BTO.shape[1:]))
-            row = end
-        if row < y_BTO.shape[0]:
-            pieces.append(y_BTO[row:])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def _pick(self, weights: Tensor, slots: list[int], like: Tensor) -> Tensor:
-        is_run = slots == list(range(slots[0], slots[0] + len(slots)))
-        picked = weights[slots[0] : slots[-1] + 1] if is_run else weights[slots]
-        return picked.to(like.dtype)
-
-    def _dropout_mask(self, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+    def _dropout_mask(self, x_BTI: Tensor, keys: Sequence[int], runs: Sequence[Run]) -> Tensor:
         """One mask per row and feature, hashed from the row's key: padding, neighbours and device do not change it.
 
         Source: variational dropout (arXiv 1512.05287); integer hash lowbias32 (github.com/skeeto/hash-prospector).
         """
-        assert self._slots.dropout_keys is not None
-        keys_B1 = torch.tensor(self._slots.dropout_keys, device=x_BTI.device)[:, None]
+        keys_B1 = torch.tensor(keys, device=x_BTI.device)[:, None]
         p_B1 = torch.zeros(x_BTI.shape[0], 1, device=x_BTI.device)
-        for slot, start, end in spans:
-            p_B1[start:end] = self._slots.dropouts[slot]
+        for run in runs:
+            rates_G = torch.tensor([self._slots.dropouts[slot] for slot in run.slots], device=x_BTI.device)
+            p_B1[run.start : run.end, 0] = rates_G.repeat_interleave((run.end - run.start) // len(run.slots))
         features_I = torch.arange(self.in_features, device=x_BTI.device) + self._index * 0x9E3779B1
         uniform_BI = _hash32(_hash32(keys_B1) + features_I).float() / 2**32
         mask_BI = (uniform_BI >= p_B1).float() / (1 - p_B1)
         return mask_BI.view(x_BTI.shape[0], *[1] * (x_BTI.dim() - 2), self.in_features).to(x_BTI.dtype)
 
 
-class _AddOneByOne(torch.autograd.Function):
-    """Add each segment's update in place, and its gradients straight into the flat matrix: few bytes moved, for a CPU.
+class _AddUpdates(torch.autograd.Function):
+    """Add the updates in place, a run of equally long segments as one batched product, and the gradients straight into the
+    flat matrix: few operations, however many adapters, and few bytes moved.
 
-    Autograd's own way through slices and stacked weights costs more than the base model's products there.
+    Products have the rank as their first dimension (A x^T, not x A^T), which CPU libraries do faster.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, y_BTO: Tensor, x_BTI: Tensor, anchor: Tensor, layer: MultiLoraLinear, spans: list[tuple[int, int, int]]
-    ) -> Tensor:
+    def forward(ctx: Any, y_BTO: Tensor, x_BTI: Tensor, anchor: Tensor, layer: MultiLoraLinear, runs: list[Run]) -> Tensor:
         """`anchor` only makes the result require a gradient; the weights are read from `layer`."""
         ctx.mark_dirty(y_BTO)
         hidden: list[Tensor] = []
-        for slot, start, end in spans:
-            a_RI, b_OR = layer.halves(slot, y_BTO)
-            h_NR = x_BTI[start:end].reshape(-1, layer.in_features) @ a_RI.T
-            y_BTO[start:end].view(-1, layer.out_features).addmm_(h_NR, b_OR.T, alpha=layer.scaling(slot))
-            hidden.append(h_NR)
+        for run in runs:
+            a_GRI, b_GOR = layer.halves(run, y_BTO)
+            h_GRN = torch.bmm(a_GRI, run.rows(x_BTI).mT).mul_(run.scaling_G11)
+            run.rows(y_BTO).baddbmm_(h_GRN.mT, b_GOR.mT)
+            hidden.append(h_GRN)
         if anchor.requires_grad:
             ctx.save_for_backward(x_BTI, *hidden)
-            ctx.layer, ctx.spans = layer, spans
+            ctx.layer, ctx.runs = layer, runs
         return y_BTO
 
     @staticmethod
@@ -316,17 +274,15 @@ class _AddOneByOne(torch.autograd.Function):
         """Pass y's gradient on, add A's and B's to the flat matrix, and give x its share."""
         x_BTI, *hidden = ctx.saved_tensors
         layer: MultiLoraLinear = ctx.layer
+        grad_y_BTO = grad_y_BTO.contiguous()
         grad_x_BTI = torch.zeros_like(x_BTI) if ctx.needs_input_grad[1] else None
-        for (slot, start, end), h_NR in zip(ctx.spans, hidden, strict=True):
-            a_RI, b_OR = layer.halves(slot, x_BTI)
-            grad_a_RI, grad_b_OR = layer.grad_halves(slot)
-            scaling = layer.scaling(slot)
-            grad_y_NO = grad_y_BTO[start:end].reshape(-1, layer.out_features)
-            grad_h_NR = (grad_y_NO @ b_OR) * scaling
-            grad_b_OR.add_(grad_y_NO.T @ h_NR, alpha=scaling)
-            grad_a_RI.add_(grad_h_NR.T @ x_BTI[start:end].reshape(-1, layer.in_features))
+        for run, h_GRN in zip(ctx.runs, hidden, strict=True):
+            a_GRI, b_GOR = layer.halves(run, x_BTI)
+            grad_y_GNO = run.rows(grad_y_BTO)
+            grad_h_GRN = torch.bmm(b_GOR.mT, grad_y_GNO.mT).mul_(run.scaling_G11)
+            layer.add_gradients(run, torch.bmm(grad_h_GRN, run.rows(x_BTI)), torch.bmm(h_GRN, grad_y_GNO).mT)
             if grad_x_BTI is not None:
-                torch.mm(grad_h_NR, a_RI, out=grad_x_BTI[start:end].view(-1, layer.in_features))
+                run.rows(grad_x_BTI).baddbmm_(grad_h_GRN.mT, a_GRI)
         return grad_y_BTO, grad_x_BTI, None, None, None
 
 
@@ -336,15 +292,3 @@ def _hash32(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return x ^ (x >> 16)
-
-
-def _equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Split spans into maximal runs that touch each other and have equal length."""
-    run: list[tuple[int, int, int]] = []
-    for span in spans:
-        if run and (span[1] != run[-1][2] or span[2] - span[1] != run[-1][2] - run[-1][1]):
-            yield run
-            run = []
-        run.append(span)
-    if run:
-        yield run

@@ -2,22 +2,26 @@
 
 encoder: 20 x cosine of the mean-pooled input (adapter on) and the label's wording encoded by the frozen base alone, so
 a task can be scored before it is trained and label vectors are computed once. seq2seq and causal: log-likelihood of the
-label's tokens, end-of-sequence included, after the prompt. Softmax over a task's scores gives its probabilities.
+label's tokens, end-of-sequence included, after the prompt; the prompt and what labels share are run once. Softmax over a
+task's scores gives its probabilities.
 
-Dims: B rows, T positions, H hidden, L labels of one task, N prompt-answer pairs.
+Dims: B rows, T prompt positions, H hidden, L labels of one task, N nodes and E edges of an answer tree, V vocabulary,
+W positions of prompt and nodes together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor
 
+from multilora.answer_tree import AnswerTree, decoder_positions, laid_out
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError
 from multilora.lora import AdapterSlots
@@ -29,6 +33,8 @@ SCORER_VERSION = 1
 COSINE_SCALE = 20.0
 """Inverse temperature of cosine scores. Source: sentence-transformers MultipleNegativesRankingLoss."""
 PAD_MULTIPLE = 8
+NODE_MULTIPLE = 4
+"""Most answers have one to three tokens and an end; eight positions for each would cost more than they save."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class LabelSet:
     """Unit vectors of the wordings (encoder)."""
     token_ids: tuple[tuple[int, ...], ...]
     """Answer tokens with end of sequence (seq2seq, causal)."""
+
+    @cached_property
+    def tree(self) -> AnswerTree:
+        """All answers as one tree."""
+        return AnswerTree.of(self.token_ids)
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,7 @@ def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRo
         pooled_BH = _pooled(base, slots, ordered)
         scores = [COSINE_SCALE * (row.labels.vectors_LH @ pooled_H) for row, pooled_H in zip(ordered, pooled_BH, strict=True)]
     else:
-        pairs = [(index, answer) for index, row in enumerate(ordered) for answer in row.labels.token_ids]
-        logprobs_N = _answer_logprobs(base, slots, ordered, pairs)
-        scores = list(torch.split(logprobs_N, [len(row.labels.names) for row in ordered]))
+        scores = list(_tree_scores(base, slots, ordered, [row.labels.tree for row in ordered]))
     restored: list[Tensor] = [scores[0]] * len(rows)
     for position, index in enumerate(order):
         restored[index] = scores[position]
@@ -97,12 +106,11 @@ def answer_losses(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringR
         return torch.stack([-F.log_softmax(s, dim=-1)[label] for s, label in zip(scores, gold, strict=True)])
     order = order_by_slot([row.slot for row in rows])
     ordered = [rows[index] for index in order]
-    pairs = [(position, rows[index].labels.token_ids[gold[index]]) for position, index in enumerate(order)]
-    logprobs_N = _answer_logprobs(base, slots, ordered, pairs)
-    losses_N = -logprobs_N / torch.tensor([len(answer) for _, answer in pairs], device=logprobs_N.device)
+    chains = [AnswerTree.of([rows[index].labels.token_ids[gold[index]]], is_mean=True) for index in order]
+    losses_B = -torch.cat(_tree_scores(base, slots, ordered, chains))
     inverse = torch.empty(len(order), dtype=torch.long)
     inverse[torch.tensor(order)] = torch.arange(len(order))
-    return losses_N[inverse.to(losses_N.device)]
+    return losses_B[inverse.to(losses_B.device)]
 
 
 def _pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> Tensor:
@@ -114,50 +122,79 @@ def _pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -
     return F.normalize((hidden_BTH * weights_BT1).sum(1) / weights_BT1.sum(1), dim=-1)
 
 
-def _answer_logprobs(
-    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], pairs: Sequence[tuple[int, tuple[int, ...]]]
-) -> Tensor:
-    """Sum the log-probabilities of each answer after its prompt [N]; `pairs` are (row index, answer), rows sorted by slot."""
+def _tree_scores(
+    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]
+) -> tuple[Tensor, ...]:
+    """Score the answers of each row's tree after its prompt, float32 [L] per row; rows sorted by slot."""
     logits_of = _seq2seq_logits if base.family == "seq2seq" else _causal_logits
-    logits_NTV, targets_NT = logits_of(base, slots, rows, pairs)
-    nll_NT = F.cross_entropy(logits_NTV.float().mT, targets_NT, ignore_index=-100, reduction="none")
-    return -nll_NT.sum(1)
+    logits_BNV = logits_of(base, slots, rows, trees).float()
+    num_edges = [tree.paths_LE.shape[1] for tree in trees]
+    rows_E = torch.arange(len(trees)).repeat_interleave(torch.tensor(num_edges)).to(base.device)
+    nodes_E = torch.cat([tree.edge_nodes_E for tree in trees]).to(base.device)
+    tokens_E = torch.cat([tree.edge_tokens_E for tree in trees]).to(base.device)
+    logprobs_E = logits_BNV[rows_E, nodes_E, tokens_E] - logits_BNV.logsumexp(-1)[rows_E, nodes_E]
+    of_rows = torch.split(logprobs_E, num_edges)
+    return tuple(tree.paths_LE.to(base.device) @ of_row_E for tree, of_row_E in zip(trees, of_rows, strict=True))
 
 
 def _seq2seq_logits(
-    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], pairs: Sequence[tuple[int, tuple[int, ...]]]
-) -> tuple[Tensor, Tensor]:
-    """Encode each prompt once, then decode every answer against it."""
+    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]
+) -> Tensor:
+    """Encode each prompt once and decode its tree against it: logits [B, N, V] of what follows each node."""
     model: Any = base.model
     ids_BT, mask_BT = _padded(base, [row.token_ids for row in rows])
-    with _routed(slots, rows):
-        encoded_BTH = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-    row_of_pair = torch.tensor([index for index, _ in pairs], device=base.device)
     start = int(model.config.decoder_start_token_id)
-    inputs_NT, _ = _padded(base, [(start, *answer[:-1]) for _, answer in pairs])
-    targets_NT, is_real_NT = _padded(base, [answer for _, answer in pairs])
-    with _routed(slots, [rows[index] for index, _ in pairs]):
-        logits_NTV = model(
-            encoder_outputs=(encoded_BTH[row_of_pair],),
-            attention_mask=mask_BT[row_of_pair],
-            decoder_input_ids=inputs_NT,
+    nodes_BN, _ = _padded(base, [(start, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
+    reads_B1NN: Tensor | None = None
+    positions: AbstractContextManager[None] = nullcontext()
+    if not all(tree.is_chain for tree in trees):  # chains, as in training, are ordinary texts
+        reads_BNN, depths_BN = laid_out(trees, nodes_BN.shape[1])
+        reads_B1NN = _additive(reads_BNN, base)
+        positions = decoder_positions(model, depths_BN.to(base.device))
+    with _routed(slots, rows), positions:
+        logits_BNV: Tensor = model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            decoder_input_ids=nodes_BN,
+            decoder_attention_mask=reads_B1NN,
             use_cache=False,
         ).logits
-    return logits_NTV, targets_NT.masked_fill(is_real_NT == 0, -100)
+    return logits_BNV
 
 
 def _causal_logits(
-    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], pairs: Sequence[tuple[int, tuple[int, ...]]]
-) -> tuple[Tensor, Tensor]:
-    """Run prompt + answer as one right-padded row each; logits at t predict the token at t + 1."""
-    ids_NT, mask_NT = _padded(base, [rows[index].token_ids + answer for index, answer in pairs])
-    with _routed(slots, [rows[index] for index, _ in pairs]):
-        logits_NTV = base.model(input_ids=ids_NT, attention_mask=mask_NT, use_cache=False).logits
-    targets_NT = torch.full_like(ids_NT, -100)
-    for pair, (index, answer) in enumerate(pairs):
-        start = len(rows[index].token_ids)
-        targets_NT[pair, start : start + len(answer)] = ids_NT[pair, start : start + len(answer)]
-    return logits_NTV[:, :-1], targets_NT[:, 1:]
+    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]
+) -> Tensor:
+    """Run prompt and tree as one row, the prompt's last token as the root: logits [B, N, V] of what follows each node."""
+    model: Any = base.model
+    # Padding stands on the left, so that the nodes of all rows are at the same positions.
+    prompt_BT, is_prompt_BT = _padded(base, [row.token_ids for row in rows], is_left=True)
+    nodes_BN, _ = _padded(base, [(base.pad_id, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
+    reads_BNN, depths_BN = (part.to(base.device) for part in laid_out(trees, nodes_BN.shape[1]))
+    num_before, width = prompt_BT.shape[1] - 1, prompt_BT.shape[1] - 1 + nodes_BN.shape[1]
+    # What is padding reads itself, for a row of the softmax must not be empty.
+    reads_BWW = torch.eye(width, dtype=torch.bool, device=base.device).repeat(len(rows), 1, 1)
+    is_before_WT = torch.ones(width, num_before + 1, dtype=torch.bool, device=base.device).tril()
+    reads_BWW[:, :, : num_before + 1] |= is_prompt_BT[:, None].bool() & is_before_WT
+    reads_BWW[:, num_before:, num_before:] = reads_BNN
+    num_prompt_B1 = is_prompt_BT.sum(1, keepdim=True)
+    before_BT = (torch.arange(num_before, device=base.device) - num_before - 1 + num_prompt_B1).clamp(min=0)
+    with _routed(slots, rows):
+        logits_BNV: Tensor = model(
+            input_ids=torch.cat([prompt_BT, nodes_BN[:, 1:]], dim=1),
+            attention_mask=_additive(reads_BWW, base),
+            position_ids=torch.cat([before_BT, num_prompt_B1 - 1 + depths_BN], dim=1),
+            logits_to_keep=nodes_BN.shape[1],
+            use_cache=False,
+        ).logits
+    return logits_BNV
+
+
+def _additive(reads_BTT: Tensor, base: FrozenBase) -> Tensor:
+    """A mask [B, 1, T, T] that attention adds to its scores."""
+    dtype = base.model.dtype
+    mask_BTT = torch.zeros(reads_BTT.shape, dtype=dtype, device=base.device)
+    return mask_BTT.masked_fill(~reads_BTT.to(base.device), torch.finfo(dtype).min)[:, None]
 
 
 def _routed(slots: AdapterSlots, rows: Sequence[ScoringRow]) -> AbstractContextManager[None]:
@@ -167,15 +204,18 @@ def _routed(slots: AdapterSlots, rows: Sequence[ScoringRow]) -> AbstractContextM
     return slots.using(segments_of([row.slot for row in rows]), [key or 0 for key in keys] if is_training else None)
 
 
-def _padded(base: FrozenBase, token_rows: Iterable[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Right-pad to a multiple of 8 positions (few distinct shapes keep memory flat); ids and mask [B, T]."""
+def _padded(
+    base: FrozenBase, token_rows: Iterable[Sequence[int]], multiple: int = PAD_MULTIPLE, *, is_left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Pad to a multiple of some positions (few distinct shapes keep memory flat); ids and mask [B, T]."""
     token_lists = [list(row) for row in token_rows]
-    width = -(-max(map(len, token_lists)) // PAD_MULTIPLE) * PAD_MULTIPLE
+    width = -(-max(map(len, token_lists)) // multiple) * multiple
     ids_BT = torch.full((len(token_lists), width), base.pad_id, dtype=torch.long)
     mask_BT = torch.zeros((len(token_lists), width), dtype=torch.long)
     for index, ids in enumerate(token_lists):
-        ids_BT[index, : len(ids)] = torch.tensor(ids)
-        mask_BT[index, : len(ids)] = 1
+        real = slice(width - len(ids), None) if is_left else slice(len(ids))
+        ids_BT[index, real] = torch.tensor(ids)
+        mask_BT[index, real] = 1
     return ids_BT.to(base.device), mask_BT.to(base.device)
 
 

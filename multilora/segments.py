@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -26,8 +27,24 @@ def segments_of(slots: Sequence[int | None]) -> tuple[Segment, ...]:
 
 
 def order_by_slot(slots: Sequence[int | None]) -> list[int]:
-    """Row order that puts equal slots side by side (base rows first), stable within a slot."""
-    return sorted(range(len(slots)), key=lambda row: -1 if slots[row] is None else slots[row])  # type: ignore[arg-type,return-value]
+    """Row order that puts equal slots side by side, base rows first, and slots with equally many rows beside each other.
+
+    Segments of equal length are one batched product, so B rows take at most sqrt(2 B) of them however many slots there are.
+    """
+    num_rows = Counter(slots)
+    return sorted(range(len(slots)), key=lambda row: (-1, 0) if (slot := slots[row]) is None else (num_rows[slot], slot))
+
+
+def equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split spans into maximal runs that touch each other and have equal length."""
+    run: list[tuple[int, int, int]] = []
+    for span in spans:
+        if run and (span[1] != run[-1][2] or span[2] - span[1] != run[-1][2] - run[-1][1]):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int, overhead_tokens: int, multiple: int = 8) -> list[list[int]]:

@@ -266,7 +266,7 @@ class GroupTrainer:
     def _score(self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
         scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
         device = self.base.device.type
-        num_label_tokens = sum(map(len, run.labels.token_ids))
+        num_label_tokens = 0 if self.base.family == "encoder" else run.labels.tree.num_nodes
         lengths = [len(ids) + num_label_tokens for ids in token_rows]
         with torch.no_grad():
             for batch in length_batches(lengths, MAX_BATCH_TOKENS[device], OVERHEAD_TOKENS[device]):

@@ -223,9 +223,8 @@ class Engine:
 
 
 def _num_tokens(family: Family, row: ScoringRow) -> int:
-    # A causal base reads the prompt again with every label, seq2seq only decodes them; an encoder's vectors cost nothing.
-    num_reads = len(row.labels.token_ids) if family == "causal" else 1
-    return num_reads * len(row.token_ids) + sum(map(len, row.labels.token_ids))
+    # An encoder's label vectors cost nothing.
+    return len(row.token_ids) + (0 if family == "encoder" else row.labels.tree.num_nodes)
 
 
 def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt) -> Answer:

@@ -589,13 +589,11 @@ def test_adapter_that_breaks_while_it_is_loaded_is_not_resident(bound):
 def test_cost_counts_what_the_base_reads(bound, family):
     engine, (key, *_) = bound(family)
     prompt = engine.prompt(key, "where is my card")
-    num_prompt, answers = len(prompt.token_ids), engine.bound(key).labels.token_ids
-    expected = {
-        "encoder": num_prompt,
-        "seq2seq": num_prompt + sum(map(len, answers)),
-        "causal": sum(num_prompt + len(answer) for answer in answers),
-    }
-    assert engine.num_tokens(Work(key, prompt)) == expected[family]
+    answers = engine.bound(key).labels.token_ids
+    # The prompt once, and once each beginning that several labels may share; an encoder has its labels' vectors already.
+    beginnings = {answer[:length] for answer in answers for length in range(len(answer))}
+    num_nodes = 0 if family == "encoder" else len(beginnings)
+    assert engine.num_tokens(Work(key, prompt)) == len(prompt.token_ids) + num_nodes
 
 
 def test_threads_answer_while_adapters_come_and_go(bound, tiny_adapter):

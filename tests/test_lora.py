@@ -177,26 +177,39 @@ def test_mixed_batch_equals_alone_in_bfloat16(fresh_base, random_adapter, family
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_both_ways_to_add_agree(random_adapter, seed):
-    """The batched products of a GPU against the in-place ones of a CPU: results, and gradients of adapters and input."""
+def test_forward_and_gradients_are_those_of_the_formula(random_adapter, seed):
+    """y = W x + scaling B A x row by row, in float64 by autograd: results, and gradients of adapters and input."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"linear": nn.Linear(6, 10)}).requires_grad_(False)
     slots = AdapterSlots(model, ["linear"], 4, 8, is_trainable=True)
-    for slot, rank in enumerate(RANKS):
-        slots.load(slot, random_adapter(slots, rank, seed=slot), SCALINGS[slot])
+    adapters = {slot: random_adapter(slots, rank, seed=slot)["linear"] for slot, rank in enumerate(RANKS)}
+    for slot, halves in adapters.items():
+        slots.load(slot, {"linear": halves}, SCALINGS[slot])
     segments = random_layout(seed)
-    layer, num_rows = slots.layers["linear"], len(rows_of(segments))
-    y_gradient = torch.randn(num_rows, 3, 10)
-    results = []
-    for add in (layer.forward, lambda x: layer._add_grouped(layer.base(x), x, layer._adapted_spans(num_rows))):
-        x_BTI = torch.randn(num_rows, 3, 6, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        slots.flat_grad_SP.zero_()
-        with slots.using(segments):
-            y_BTO = add(x_BTI)
-        y_BTO.backward(y_gradient)
-        results.append((y_BTO.detach(), x_BTI.grad, slots.flat_grad_SP.clone()))
-    assert all(farthest(x, y) <= TOLERANCE for x, y in zip(*results, strict=True))
-    assert results[0][2].any() == any(slot is not None for slot in rows_of(segments))
+    layer, slot_of_row = slots.layers["linear"], rows_of(segments)
+    x_BTI, y_gradient = torch.randn(len(slot_of_row), 3, 6).requires_grad_(), torch.randn(len(slot_of_row), 3, 10)
+    with slots.using(segments):
+        y_BTO = layer(x_BTI)
+    y_BTO.backward(y_gradient)
+
+    exact_BTI = x_BTI.detach().double().requires_grad_()
+    halves_of = {slot: [half.double().requires_grad_() for half in halves] for slot, halves in adapters.items()}
+    weight_OI, bias_O = layer.base.weight.double(), layer.base.bias.double()
+    rows = []
+    for x_TI, slot in zip(exact_BTI, slot_of_row, strict=True):
+        y_TO = x_TI @ weight_OI.T + bias_O
+        rows.append(y_TO if slot is None else y_TO + SCALINGS[slot] * x_TI @ halves_of[slot][0].T @ halves_of[slot][1].T)
+    exact_BTO = torch.stack(rows)
+    exact_BTO.backward(y_gradient.double())
+    assert farthest(y_BTO.detach(), exact_BTO.detach()) <= TOLERANCE
+    assert farthest(x_BTI.grad, exact_BTI.grad) <= TOLERANCE
+    for slot, halves in halves_of.items():
+        for mine, exact in zip(layer.views(slots.flat_grad_SP[slot]), halves, strict=True):
+            expected = torch.zeros_like(mine)
+            if exact.grad is not None:
+                expected[: exact.shape[0], : exact.shape[1]] = exact.grad
+            assert farthest(mine, expected) <= TOLERANCE
+    assert slots.flat_grad_SP.any() == any(slot is not None for slot in slot_of_row)
 
 
 # Law 3
@@ -337,8 +350,8 @@ def test_using_restores_the_routing_before_it(fresh_base):
     with slots.using([Segment(None, 2)], [1, 2]):
         with pytest.raises(KeyError), slots.using([Segment(None, 3)]):
             raise KeyError
-        assert (slots.segments, slots.dropout_keys) == ((Segment(None, 2),), (1, 2))
-    assert (slots.segments, slots.dropout_keys) == ((), None)
+        assert (slots.routing.num_rows, slots.routing.dropout_keys) == (2, (1, 2))
+    assert (slots.routing.num_rows, slots.routing.dropout_keys) == (0, None)
 
 
 @pytest.mark.parametrize("empty", [0, 1, 3])

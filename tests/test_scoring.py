@@ -24,6 +24,7 @@ TASKS = {
     "spam": (("spam", "unwanted advertising"), ("ham", "")),
     "intent": (("refund", "wants money back"), ("cancel the whole order", ""), ("x", "anything else at all")),
     "talk": (("sustain", ""), ("neutral", ""), ("change", ""), ("not sure what this person means", "")),
+    "cards": (("card lost", ""), ("card late", ""), ("card", ""), ("card late again", ""), ("lost card", "")),
 }
 TEXTS = (
     "win money", "Where is my refund? I wrote three times and nobody answers me.", "x", "Pigeons nest in the vent again.",
@@ -111,6 +112,13 @@ def test_scores_equal_a_plain_forward_one_label_at_a_time(rig, has_grad):
         score.dtype == torch.float32 and score.shape == (len(TASKS[task]),)
         for score, (task, _, _) in zip(scores, items, strict=True)
     )
+
+
+def test_what_labels_share_is_read_once(rig):
+    if rig.base.family != "encoder":
+        tree = rig.labels["cards"].tree
+        assert not tree.is_chain
+        assert tree.num_nodes < sum(map(len, rig.labels["cards"].token_ids)) - 3
 
 
 def test_labels_have_different_lengths_and_scores_differ(rig):

@@ -1,0 +1,89 @@
+"""How the rows of a forward pass reach their slots: neighbouring segments of equal length become one batched product.
+
+Dims: G segments of a run, N rows x positions of one segment, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multilora.errors import AdapterError
+from multilora.segments import Segment, equal_runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring segments of equal length."""
+
+    slots: tuple[int, ...]
+    start: int
+    """First row."""
+    end: int
+    """Row after the last."""
+    rank: int
+    """Largest rank of the slots; what is beyond a slot's own is zero."""
+    index: slice | Tensor
+    """Picks the slots out of stacked weights, as a view where they lie side by side."""
+    scaling_G11: Tensor
+
+    def rows(self, x_BTF: Tensor) -> Tensor:
+        """View this run's rows of a contiguous tensor, one matrix per segment: [G, N, F]."""
+        return x_BTF[self.start : self.end].view(len(self.slots), -1, x_BTF.shape[-1])
+
+    def add_to(self, stacked: Tensor, values: Tensor) -> None:
+        """Add one value per segment to its slot's place in stacked weights; a slot may have several segments."""
+        if isinstance(self.index, slice):
+            stacked[self.index] += values
+        else:
+            stacked.index_add_(0, self.index, values.to(stacked.dtype))
+
+
+class Routing:
+    """The segments of the forward passes inside one `AdapterSlots.using`, and the runs that they make for a module."""
+
+    def __init__(self, segments: Sequence[Segment], dropout_keys: Sequence[int] | None) -> None:
+        self.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
+        self.num_rows = sum(segment.num_rows for segment in segments)
+        self._spans: list[tuple[int, int, int]] = []
+        row = 0
+        for segment in segments:
+            if segment.slot is not None:
+                self._spans.append((segment.slot, row, row + segment.num_rows))
+            row += segment.num_rows
+        self._slots = frozenset(slot for slot, _, _ in self._spans)
+        self._runs_of: dict[frozenset[int], list[Run]] = {}
+
+    def runs(
+        self, bound_slots: AbstractSet[int], ranks: Sequence[int], scalings: Sequence[float], device: torch.device
+    ) -> list[Run]:
+        """The runs for a module that the adapters in `bound_slots` change; laid out once for all modules alike.
+
+        Raises AdapterError where rows are routed to an empty slot.
+        """
+        wanted = self._slots & bound_slots
+        if wanted not in self._runs_of:
+            empty = sorted(slot for slot in self._slots if not ranks[slot])
+            if empty:
+                raise AdapterError(f"slot {empty[0]} is empty")
+            spans = [span for span in self._spans if span[0] in wanted]
+            self._runs_of[wanted] = [_run(run, ranks, scalings, device) for run in equal_runs(spans)]
+        return self._runs_of[wanted]
+
+
+def _run(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int], scalings: Sequence[float], device: torch.device) -> Run:
+    slots = tuple(slot for slot, _, _ in spans)
+    is_side_by_side = slots == tuple(range(slots[0], slots[0] + len(slots)))
+    return Run(
+        slots=slots,
+        start=spans[0][1],
+        end=spans[-1][2],
+        rank=max(ranks[slot] for slot in slots),
+        index=slice(slots[0], slots[-1] + 1) if is_side_by_side else torch.tensor(slots, device=device),
+        # float32 also over a bfloat16 base: products with it are rounded once.
+        scaling_G11=torch.tensor([scalings[slot] for slot in slots], device=device)[:, None, None],
+    )
