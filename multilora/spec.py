@@ -1,23 +1,13 @@
-"""The task spec: one YAML file = one task = one adapter. Loads, checks and hashes specs; knows no torch and no data.
-
-Every problem of every file is found before anything is raised, each with file, field, value, rule and fix.
-"""
+"""The task spec: one YAML file = one task = one adapter. Its parts, their rules and its hash; knows no torch and no data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
-
-from multilora.errors import Problem, SpecError
-from multilora.yaml_loader import Yaml12Loader
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, model_validator
 
 RESERVED_NAMES = frozenset({"auto", "base", "latest"})
 LOCAL_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -198,39 +188,6 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(fields)
 
 
-@dataclass(frozen=True)
-class LoadedSpecs:
-    """Specs that are right, in the order given, and the problems of those that are not."""
-
-    specs: tuple[TaskSpec, ...]
-    problems: tuple[Problem, ...]
-
-
-def load_task_specs(paths: Iterable[str | Path]) -> tuple[TaskSpec, ...]:
-    """Load every spec. Raises SpecError with all problems of all files."""
-    loaded = try_load_task_specs(paths)
-    if loaded.problems:
-        raise SpecError.of(loaded.problems)
-    return loaded.specs
-
-
-def try_load_task_specs(paths: Iterable[str | Path]) -> LoadedSpecs:
-    """Load every spec that is right; collect the problems of the others. Paths in a spec become absolute."""
-    specs: dict[str, TaskSpec] = {}
-    problems: list[Problem] = []
-    file_of: dict[str, Path] = {}
-    for path in map(Path, paths):
-        found = _load_one(path)
-        if isinstance(found, list):
-            problems += found
-        elif found.name in specs:
-            rule = f"task name is already used by {file_of[found.name]}"
-            problems.append(Problem(str(path), "name", found.name, rule, "give each task its own name"))
-        else:
-            specs[found.name], file_of[found.name] = found, path
-    return LoadedSpecs(tuple(specs.values()), tuple(problems))
-
-
 def spec_hash(spec: TaskSpec) -> str:
     """Hash what decides the trained weights, 16 hex digits; data and base content are hashed by their owners."""
     decisive = spec.model_dump(mode="json", include={"instruction", "labels", "lora", "train"})
@@ -245,81 +202,3 @@ def task_json_schema() -> dict[str, Any]:
     """JSON schema of a task file, for editors; tasks/schema.json is this."""
     schema = TaskSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _load_one(path: Path) -> TaskSpec | list[Problem]:
-    where = str(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Yaml12Loader)  # a SafeLoader
-    except OSError as error:
-        return [Problem(where, "file", "", error.strerror or str(error), "check the path")]
-    except UnicodeDecodeError:
-        return [Problem(where, "file", "", "is not UTF-8 text", "save the file as UTF-8")]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else "file"
-        rule = f"is not valid YAML: {getattr(error, 'problem', error)}"
-        return [Problem(where, line, "", rule, "check indentation and quotes")]
-    if not isinstance(raw, dict):
-        return [Problem(where, "file", type(raw).__name__, "must hold a mapping of fields", "start with `name: my-task`")]
-    try:
-        spec = TaskSpec.model_validate(raw)
-    except ValidationError as error:
-        return [_problem_of(where, detail) for detail in _without_union_noise(error)]
-    return _resolve_paths(spec, path)
-
-
-def _resolve_paths(spec: TaskSpec, path: Path) -> TaskSpec | list[Problem]:
-    folder = path.resolve().parent
-    problems: list[Problem] = []
-    data: dict[str, Any] = {}
-    for field in ("train", "select", "gate"):
-        source = getattr(spec.data, field)
-        if not isinstance(source, str):
-            continue
-        file = folder / source
-        if file.suffix.lower() not in LOCAL_SUFFIXES:
-            rule, fix = "is no file type that can be read", f"use {', '.join(LOCAL_SUFFIXES)} or {{hub: ..., split: ...}}"
-            problems.append(Problem(str(path), f"data.{field}", repr(source), rule, fix))
-        elif not file.is_file():
-            fix = f"paths are relative to the spec's folder {folder}"
-            problems.append(Problem(str(path), f"data.{field}", repr(source), "file does not exist", fix))
-        data[field] = str(file)
-    base = spec.base
-    if base.model.startswith(("./", "../", "/")):
-        base = base.model_copy(update={"model": str((folder / base.model).resolve())})
-        if not Path(base.model).is_dir():
-            fix = "name a folder in transformers format, or a hub id"
-            problems.append(Problem(str(path), "base.model", repr(spec.base.model), "folder does not exist", fix))
-    if problems:
-        return problems
-    return spec.model_copy(update={"data": spec.data.model_copy(update=data), "base": base})
-
-
-_FIXES = {
-    "extra_forbidden": "remove it or correct the spelling; the fields are listed in tasks/schema.json",
-    "missing": "add the field",
-    "string_type": "put the value in quotes",
-    "string_pattern_mismatch": "use lower-case letters, digits and inner hyphens, at most 63 characters",
-}
-
-
-def _problem_of(where: str, detail: Any) -> Problem:
-    field = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "file"
-    message = detail["msg"].removeprefix("Value error, ")
-    rule, _, fix = message.partition("; ")
-    if detail["type"] == "value_error" and not fix:
-        rule, _, fix = message.partition(": ")
-    fix = _FIXES.get(detail["type"], fix) or "change the value to fit the rule"
-    shown = "" if detail["type"] in ("missing", "value_error") else repr(detail["input"])[:80]
-    return Problem(where, field, shown, rule[:1].lower() + rule[1:], fix)
-
-
-def _without_union_noise(error: ValidationError) -> Sequence[Any]:
-    """Keep one error per field, the deepest, where pydantic reports every branch of a union."""
-    details: dict[tuple[Any, ...], Any] = {}
-    for detail in error.errors():
-        loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource", "list[constrained-str]") and
-                    not str(part).startswith(("literal[", "list[")))
-        details.setdefault(loc, {**detail, "loc": loc})
-    return [details[loc] for loc in details if not any(loc == other[: len(loc)] for other in details if other != loc)]

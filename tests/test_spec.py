@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from multilora.errors import SpecError
-from multilora.spec import load_task_specs, spec_hash, task_json_schema, try_load_task_specs
+from multilora.spec import spec_hash, task_json_schema
+from multilora.spec_files import load_task_specs, try_load_task_specs
 
 ROOT = Path(__file__).parents[1]
 SPEC = """\
