@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -28,6 +28,18 @@ def segments_of(slots: Sequence[int | None]) -> tuple[Segment, ...]:
 def order_by_slot(slots: Sequence[int | None]) -> list[int]:
     """Row order that puts equal slots side by side (base rows first), stable within a slot."""
     return sorted(range(len(slots)), key=lambda row: -1 if slots[row] is None else slots[row])  # type: ignore[arg-type,return-value]
+
+
+def equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split spans into maximal runs that touch each other and have equal length."""
+    run: list[tuple[int, int, int]] = []
+    for span in spans:
+        if run and (span[1] != run[-1][2] or span[2] - span[1] != run[-1][2] - run[-1][1]):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 def length_batches(lengths: Sequence[int], max_tokens: int, overhead_tokens: int, multiple: int = 8) -> list[list[int]]:

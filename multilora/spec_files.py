@@ -106,6 +106,11 @@ _FIXES = {
     "string_type": "put the value in quotes",
     "string_pattern_mismatch": "use lower-case letters, digits and inner hyphens, at most 63 characters",
 }
+_PEFT_NAMES = {
+    "lora.r": "rank", "lora.lora_alpha": "alpha", "lora.lora_dropout": "dropout", "lora.use_rslora": "rslora",
+    "lora.layers_to_transform": "layers", "lora.loraplus_lr_ratio": "plus_ratio", "lora.use_dora": "method",
+    "lora.init_lora_weights": "method",
+}  # fmt: skip
 
 
 def _problem_of(where: str, detail: Any) -> Problem:
@@ -115,6 +120,8 @@ def _problem_of(where: str, detail: Any) -> Problem:
     if detail["type"] == "value_error" and not fix:
         rule, _, fix = message.partition(": ")
     fix = _FIXES.get(detail["type"], fix) or "change the value to fit the rule"
+    if field in _PEFT_NAMES:
+        fix = f"the field is called lora.{_PEFT_NAMES[field]} here"
     shown = "" if detail["type"] in ("missing", "value_error") else repr(detail["input"])[:80]
     return Problem(where, field, shown, rule[:1].lower() + rule[1:], fix)
 
@@ -123,7 +130,7 @@ def _without_union_noise(error: ValidationError) -> Sequence[Any]:
     """Keep one error per field, the deepest, where pydantic reports every branch of a union."""
     details: dict[tuple[Any, ...], Any] = {}
     for detail in error.errors():
-        loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource", "list[constrained-str]") and
+        loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource") and
                     not str(part).startswith(("literal[", "list[")))
         details.setdefault(loc, {**detail, "loc": loc})
     return [details[loc] for loc in details if not any(loc == other[: len(loc)] for other in details if other != loc)]

@@ -272,7 +272,8 @@ BROKEN_WHEN_READ = {
     "rank of the tensors": (change_tensors(double_rank), f"has rank 8, {CONFIG} says 4, its card says 4"),
     "rank of the config": (change_json(CONFIG, r=2), f"has rank 4, {CONFIG} says 2, its card says 4"),
     "rank of the card": (change_json(CARD, rank=8), f"has rank 4, {CONFIG} says 4, its card says 8"),
-    "other scaling": (change_json(CONFIG, lora_alpha=99.0), f"alpha / r in {CONFIG} differs from the card's scaling"),
+    "other scaling": (change_json(CONFIG, lora_alpha=99.0), f"alpha, r and use_rslora in {CONFIG} differ from the card"),
+    "other kind of scaling": (change_json(CONFIG, use_rslora=True), f"alpha, r and use_rslora in {CONFIG} differ from the card"),
 }
 
 

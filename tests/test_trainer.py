@@ -67,14 +67,15 @@ def member_of(
 def unlike_members(folder, base):
     """Four members that share nothing but the base."""
     some = SOME_MODULES[base.family]
-    dropout = {"labels": "good bad odd", "lora": {"rank": 2, "alpha": 8, "dropout": 0.4}, "max_length": 32, "seed": 7}
-    narrow = {"labels": "a b c d", "lora": {"rank": 4, "target_modules": some}, "metric": "macro_f1", "seed": 3}
-    single = {"lora": {"rank": 1, "alpha": 2, "target_modules": some[:1]}, "num_train": 6}
+    tail = rf".*\.1\..*\.({'|'.join(some)})"
+    dropout = {"labels": "good bad odd", "lora": {"rank": 2, "alpha": 8, "dropout": 0.4, "rslora": True, "layers": [-1]}}
+    narrow = {"labels": "a b c d", "lora": {"rank": 4, "target_modules": some, "plus_ratio": 4}, "metric": "macro_f1"}
+    single = {"lora": {"rank": 1, "alpha": 2, "target_modules": tail}, "num_train": 6}
     return [
         member_of(folder, base, "plain", learning_rate=3e-3, batch_size=8, num_train=17),
-        member_of(folder, base, "dropout", **dropout, learning_rate=1e-2, batch_size=3),
-        member_of(folder, base, "narrow", **narrow, batch_size=5, epochs=3),
-        member_of(folder, base, "single", **single, batch_size=99, epochs=4),
+        member_of(folder, base, "dropout", **dropout, learning_rate=1e-2, batch_size=3, max_length=32, seed=7, schedule="cosine"),
+        member_of(folder, base, "narrow", **narrow, batch_size=5, epochs=3, seed=3, warmup_ratio=0.3, max_grad_norm=0.1),
+        member_of(folder, base, "single", **single, batch_size=99, epochs=4, schedule="constant", weight_decay=0.5),
     ]
 
 
@@ -357,7 +358,7 @@ def test_an_exported_adapter_answers_in_the_engine_as_its_card_says(family, dtyp
         )
         assert card.spec_hash == spec_hash(member.spec)
         assert card.prompt_format == PromptFormat.of(member.spec, family)
-        assert card.scaling == member.spec.lora.alpha / member.spec.lora.rank
+        assert card.scaling == member.spec.lora.scaling
         assert [canary.columns for canary in card.canaries] == [example.columns for example in member.select[:4]]
         key = engine.bind(artifact, version=1)
         answers = engine.classify([Work(key, engine.prompt(key, canary.columns)) for canary in card.canaries])
