@@ -11,6 +11,7 @@ G segments of equal size, N rows x positions of one segment.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +53,7 @@ class AdapterSlots:
         self._model = model
         offset_a, offset_b = 0, self._num_a
         for name, linear in modules.items():
-            layer = MultiLoraLinear(linear, self, offset_a, offset_b, len(self.layers))
+            layer = MultiLoraLinear(linear, self, offset_a, offset_b, dropout_key=zlib.crc32(name.encode()))
             offset_a, offset_b = offset_a + max_rank * linear.in_features, offset_b + max_rank * linear.out_features
             model.set_submodule(name, layer)
             self.layers[name] = layer
@@ -173,9 +174,9 @@ class MultiLoraLinear(nn.Module):
     y = base(x) + scaling * (x A^T) B^T per segment. Source: LoRA (arXiv 2106.09685) section 4.1.
     """
 
-    def __init__(self, base: nn.Linear, slots: AdapterSlots, offset_a: int, offset_b: int, index: int) -> None:
+    def __init__(self, base: nn.Linear, slots: AdapterSlots, offset_a: int, offset_b: int, dropout_key: int) -> None:
         super().__init__()
-        self._index = index
+        self._dropout_key = dropout_key
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bound_slots: set[int] = set()
@@ -279,7 +280,7 @@ class MultiLoraLinear(nn.Module):
         return picked.to(like.dtype)
 
     def _dropout_mask(self, x_BTI: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-        """One mask per row and feature, hashed from the row's key: padding, neighbours and device do not change it.
+        """One mask per row and feature, hashed from the row's key and the module's name: nothing beside them changes it.
 
         Source: variational dropout (arXiv 1512.05287); integer hash lowbias32 (github.com/skeeto/hash-prospector).
         """
@@ -288,8 +289,8 @@ class MultiLoraLinear(nn.Module):
         p_B1 = torch.zeros(x_BTI.shape[0], 1, device=x_BTI.device)
         for slot, start, end in spans:
             p_B1[start:end] = self._slots.dropouts[slot]
-        features_I = torch.arange(self.in_features, device=x_BTI.device) + self._index * 0x9E3779B1
-        uniform_BI = _hash32(_hash32(keys_B1) + features_I).float() / 2**32
+        features_I = torch.arange(self.in_features, device=x_BTI.device)
+        uniform_BI = _hash32(_hash32(keys_B1 ^ self._dropout_key) + features_I).float() / 2**32
         mask_BI = (uniform_BI >= p_B1).float() / (1 - p_B1)
         return mask_BI.view(x_BTI.shape[0], *[1] * (x_BTI.dim() - 2), self.in_features).to(x_BTI.dtype)
 
