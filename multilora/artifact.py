@@ -24,7 +24,7 @@ from multilora.base_files import Family
 from multilora.errors import AdapterError
 from multilora.lora import AdapterTensors
 from multilora.prompt import PromptFormat
-from multilora.spec import BaseSpec, Part
+from multilora.spec import BaseSpec, Part, alpha_divisor
 
 FORMAT_VERSION = 1
 CARD, CONFIG, WEIGHTS = "task_card.json", "adapter_config.json", "adapter_model.safetensors"
@@ -69,7 +69,9 @@ class TaskCard(Part):
     rank: int
     """Largest rank of a module."""
     scaling: float
-    """alpha / rank."""
+    """alpha / rank, or alpha / sqrt(rank) with rslora."""
+    rslora: bool = False
+    """Which of the two."""
     num_modules: int
     """Modules that the adapter changes."""
     canaries: list[Canary]
@@ -113,7 +115,8 @@ def write_artifact(folder: Path, card: TaskCard, tensors: AdapterTensors) -> Ada
         "base_model_name_or_path": Path(card.base.model).name if card.base.model.startswith("/") else card.base.model,
         "revision": card.base.revision,
         "r": card.rank,
-        "lora_alpha": card.scaling * card.rank,
+        "lora_alpha": card.scaling * alpha_divisor(card.rank, card.rslora),
+        "use_rslora": card.rslora,
         "target_modules": sorted(tensors),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -168,8 +171,9 @@ def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:
         raise AdapterError(
             f"adapter of task {task} has rank {rank}, {CONFIG} says {config.get('r')}, its card says {artifact.card.rank}"
         )
-    if abs(config.get("lora_alpha", 0) / max(rank, 1) - artifact.card.scaling) > 1e-6:
-        raise AdapterError(f"adapter of task {task}: alpha / r in {CONFIG} differs from the card's scaling")
+    divisor = alpha_divisor(max(rank, 1), bool(config.get("use_rslora")))
+    if abs(config.get("lora_alpha", 0) / divisor - artifact.card.scaling) > 1e-6:
+        raise AdapterError(f"adapter of task {task}: alpha, r and use_rslora in {CONFIG} differ from the card's scaling")
     return tensors
 
 

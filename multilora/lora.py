@@ -1,8 +1,9 @@
 """The layer that training and serving share: many LoRA adapters side by side in the slots of one frozen base model.
 
 Rows of a mixed batch are sorted by slot, so an adapter's rows are one contiguous view and unused slots cost nothing.
-All adapters' weights lie in one flat matrix, one row per slot: an optimiser, a gradient norm or a checkpoint of one
-adapter works on one contiguous vector. Ranks differ per slot and are padded with zeros, which stay exactly zero.
+All adapters' weights lie in one flat matrix, one row per slot, the A's of all modules before the B's: an optimiser, a
+gradient norm or a checkpoint of one adapter works on two contiguous vectors. Ranks differ per slot and are padded with
+zeros, which stay exactly zero.
 
 Dims: S slots, R padded rank, I in features, O out features, P adapter parameters per slot, B rows, T positions,
 G segments of equal size, N rows x positions of one segment.
@@ -10,6 +11,7 @@ G segments of equal size, N rows x positions of one segment.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,15 +45,16 @@ class AdapterSlots:
         floating = next(p for p in model.parameters() if p.is_floating_point())
         self.device = floating.device
         dtype = torch.float32 if is_trainable else floating.dtype
-        num_parameters = sum(max_rank * (m.in_features + m.out_features) for m in modules.values())
-        self.flat_SP = torch.zeros(num_slots, num_parameters, dtype=dtype, device=self.device)
+        self._num_a = sum(max_rank * linear.in_features for linear in modules.values())
+        num_b = sum(max_rank * linear.out_features for linear in modules.values())
+        self.flat_SP = torch.zeros(num_slots, self._num_a + num_b, dtype=dtype, device=self.device)
         self.flat_grad_SP = torch.zeros_like(self.flat_SP) if is_trainable else None
         self.layers: dict[str, MultiLoraLinear] = {}
         self._model = model
-        offset = 0
+        offset_a, offset_b = 0, self._num_a
         for name, linear in modules.items():
-            layer = MultiLoraLinear(linear, self, offset, len(self.layers))
-            offset += max_rank * (linear.in_features + linear.out_features)
+            layer = MultiLoraLinear(linear, self, offset_a, offset_b, dropout_key=zlib.crc32(name.encode()))
+            offset_a, offset_b = offset_a + max_rank * linear.in_features, offset_b + max_rank * linear.out_features
             model.set_submodule(name, layer)
             self.layers[name] = layer
 
@@ -135,12 +138,17 @@ class AdapterSlots:
         """Count the modules that the slot's adapter changes."""
         return sum(slot in layer.bound_slots for layer in self.layers.values())
 
-    def parameter(self, slot: int) -> nn.Parameter:
-        """View one adapter's weights as a single vector [P] with its gradient, for an optimiser of its own."""
+    def parameters(self, slot: int) -> list[nn.Parameter]:
+        """View one adapter's A's and its B's as a vector each with its gradient, for an optimiser of its own."""
         assert self.flat_grad_SP is not None, "slots were built for serving"
-        parameter = nn.Parameter(self.flat_SP[slot])
-        parameter.grad = self.flat_grad_SP[slot]
-        return parameter
+        parameters = [nn.Parameter(half) for half in self.halves_of(self.flat_SP[slot])]
+        for parameter, grad in zip(parameters, self.halves_of(self.flat_grad_SP[slot]), strict=True):
+            parameter.grad = grad
+        return parameters
+
+    def halves_of(self, vector_P: Tensor) -> tuple[Tensor, Tensor]:
+        """View the A's and the B's of a flat vector."""
+        return vector_P[: self._num_a], vector_P[self._num_a :]
 
     def _views(self, slot: int, vector_P: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         return {name: layer.views(vector_P) for name, layer in self.layers.items() if slot in layer.bound_slots}
@@ -166,16 +174,15 @@ class MultiLoraLinear(nn.Module):
     y = base(x) + scaling * (x A^T) B^T per segment. Source: LoRA (arXiv 2106.09685) section 4.1.
     """
 
-    def __init__(self, base: nn.Linear, slots: AdapterSlots, offset: int, index: int) -> None:
+    def __init__(self, base: nn.Linear, slots: AdapterSlots, offset_a: int, offset_b: int, dropout_key: int) -> None:
         super().__init__()
-        self._index = index
+        self._dropout_key = dropout_key
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bound_slots: set[int] = set()
         self._slots = slots
-        num_a = slots.max_rank * self.in_features
-        self._a_range = slice(offset, offset + num_a)
-        self._b_range = slice(offset + num_a, offset + num_a + slots.max_rank * self.out_features)
+        self._a_range = slice(offset_a, offset_a + slots.max_rank * self.in_features)
+        self._b_range = slice(offset_b, offset_b + slots.max_rank * self.out_features)
         for name, columns in (("a_SRI", self._a_range), ("b_SOR", self._b_range)):
             shape = (slots.num_slots, *self._shape_of(name))
             weights = slots.flat_SP[:, columns].view(shape)
@@ -232,7 +239,7 @@ class MultiLoraLinear(nn.Module):
         run.add_to(self.b_SOR.grad[:, :, : run.rank], grad_b_GOR)
 
     def _dropout_mask(self, x_BTI: Tensor, keys: Sequence[int], runs: Sequence[Run]) -> Tensor:
-        """One mask per row and feature, hashed from the row's key: padding, neighbours and device do not change it.
+        """One mask per row and feature, hashed from the row's key and the module's name: nothing beside them changes it.
 
         Source: variational dropout (arXiv 1512.05287); integer hash lowbias32 (github.com/skeeto/hash-prospector).
         """
@@ -241,8 +248,8 @@ class MultiLoraLinear(nn.Module):
         for run in runs:
             rates_G = torch.tensor([self._slots.dropouts[slot] for slot in run.slots], device=x_BTI.device)
             p_B1[run.start : run.end, 0] = rates_G.repeat_interleave((run.end - run.start) // len(run.slots))
-        features_I = torch.arange(self.in_features, device=x_BTI.device) + self._index * 0x9E3779B1
-        uniform_BI = _hash32(_hash32(keys_B1) + features_I).float() / 2**32
+        features_I = torch.arange(self.in_features, device=x_BTI.device)
+        uniform_BI = _hash32(_hash32(keys_B1 ^ self._dropout_key) + features_I).float() / 2**32
         mask_BI = (uniform_BI >= p_B1).float() / (1 - p_B1)
         return mask_BI.view(x_BTI.shape[0], *[1] * (x_BTI.dim() - 2), self.in_features).to(x_BTI.dtype)
 

@@ -47,6 +47,7 @@ class Routing:
     """The segments of the forward passes inside one `AdapterSlots.using`, and the runs that they make for a module."""
 
     def __init__(self, segments: Sequence[Segment], dropout_keys: Sequence[int] | None) -> None:
+        self.segments = tuple(segments)
         self.dropout_keys = None if dropout_keys is None else tuple(dropout_keys)
         self.num_rows = sum(segment.num_rows for segment in segments)
         self._spans: list[tuple[int, int, int]] = []

@@ -171,23 +171,32 @@ def _causal_logits(
     prompt_BT, is_prompt_BT = _padded(base, [row.token_ids for row in rows], is_left=True)
     nodes_BN, _ = _padded(base, [(base.pad_id, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
     reads_BNN, depths_BN = (part.to(base.device) for part in laid_out(trees, nodes_BN.shape[1]))
-    num_before, width = prompt_BT.shape[1] - 1, prompt_BT.shape[1] - 1 + nodes_BN.shape[1]
-    # What is padding reads itself, for a row of the softmax must not be empty.
-    reads_BWW = torch.eye(width, dtype=torch.bool, device=base.device).repeat(len(rows), 1, 1)
-    is_before_WT = torch.ones(width, num_before + 1, dtype=torch.bool, device=base.device).tril()
-    reads_BWW[:, :, : num_before + 1] |= is_prompt_BT[:, None].bool() & is_before_WT
-    reads_BWW[:, num_before:, num_before:] = reads_BNN
-    num_prompt_B1 = is_prompt_BT.sum(1, keepdim=True)
-    before_BT = (torch.arange(num_before, device=base.device) - num_before - 1 + num_prompt_B1).clamp(min=0)
+    num_prompt_B1, num_nodes = is_prompt_BT.sum(1, keepdim=True), nodes_BN.shape[1]
+    before_BT = torch.arange(prompt_BT.shape[1], device=base.device) - prompt_BT.shape[1] + num_prompt_B1
+    mask = torch.cat([is_prompt_BT, torch.ones_like(nodes_BN[:, 1:])], dim=1)
+    if not all(tree.is_chain for tree in trees):  # chains, as in training, are ordinary texts
+        mask = _additive(_tree_reads(is_prompt_BT.bool(), reads_BNN), base)
     with _routed(slots, rows):
         logits_BNV: Tensor = model(
             input_ids=torch.cat([prompt_BT, nodes_BN[:, 1:]], dim=1),
-            attention_mask=_additive(reads_BWW, base),
-            position_ids=torch.cat([before_BT, num_prompt_B1 - 1 + depths_BN], dim=1),
-            logits_to_keep=nodes_BN.shape[1],
+            attention_mask=mask,
+            position_ids=torch.cat([before_BT[:, :-1], num_prompt_B1 - 1 + depths_BN], dim=1).clamp(min=0),
+            logits_to_keep=num_nodes,
             use_cache=False,
         ).logits
     return logits_BNV
+
+
+def _tree_reads(is_prompt_BT: Tensor, reads_BNN: Tensor) -> Tensor:
+    """Who reads whom in prompt and nodes together [B, W, W]: the prompt what is before it, the nodes all of it and their own."""
+    num_before, num_nodes = is_prompt_BT.shape[1] - 1, reads_BNN.shape[1]
+    width = num_before + num_nodes
+    # What is padding reads itself, for a row of a softmax must not be empty.
+    reads_BWW = torch.eye(width, dtype=torch.bool, device=reads_BNN.device).repeat(len(reads_BNN), 1, 1)
+    is_before_WT = torch.ones(width, num_before + 1, dtype=torch.bool, device=reads_BNN.device).tril()
+    reads_BWW[:, :, : num_before + 1] |= is_prompt_BT[:, None] & is_before_WT
+    reads_BWW[:, num_before:, num_before:] = reads_BNN
+    return reads_BWW
 
 
 def _additive(reads_BTT: Tensor, base: FrozenBase) -> Tensor:

@@ -1,26 +1,33 @@
-"""The task spec: one YAML file = one task = one adapter. Loads, checks and hashes specs; knows no torch and no data.
-
-Every problem of every file is found before anything is raised, each with file, field, value, rule and fix.
-"""
+"""The task spec: one YAML file = one task = one adapter. Its parts, their rules and its hash; knows no torch and no data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import string
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, model_validator
-
-from multilora.errors import Problem, SpecError
-from multilora.yaml_loader import Yaml12Loader
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
 RESERVED_NAMES = frozenset({"auto", "base", "latest"})
 LOCAL_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+OTHER_METHODS = {
+    "dora": "rescales every merged weight of the base",
+    "ia3": "scales activations instead of adding a low-rank update",
+    "prefix": "adds positions to every layer's input",
+    "prompt": "adds positions to the input",
+    "bitfit": "changes the base's biases",
+    **dict.fromkeys(("pissa", "olora", "corda"), "rewrites the base's weights at initialisation"),
+}
+"""What stands against the other well-known ways to adapt a model."""
+LATER_FIELDS = {
+    "lora": ("method", "rslora", "plus_ratio", "layers"),
+    "train": ("schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
+}
+"""Fields that the hash leaves out at their default, so that adapters trained before a field came stay up to date."""
 
 
 class Part(BaseModel):
@@ -73,14 +80,49 @@ class DataSpec(Part):
 class LoraSpec(Part):
     """The low-rank adapter's shape."""
 
+    method: Literal["lora"] = "lora"
+    """How the base is adapted; only `lora` with its standard initialisation shares one frozen base in mixed batches."""
     rank: int = Field(default=8, ge=1, le=256)
     """Rank r of the update matrices."""
     alpha: float = Field(default=16.0, gt=0)
     """LoRA alpha; the update is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead, so that large ranks learn as fast as small ones."""
+    plus_ratio: float = Field(default=1.0, ge=1, le=1000)
+    """LoRA+ (arXiv 2402.12354): learning rate of the B matrices divided by that of the A matrices."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input while training; one mask per row and feature, the same at every position."""
-    target_modules: Literal["all-linear"] | Annotated[list[StrictStr], Field(min_length=1)] = "all-linear"
-    """Linear layers that get an adapter: `all-linear`, or a list of module names or name endings such as [q, v]."""
+    target_modules: str | list[StrictStr] = "all-linear"
+    """Linear layers that get an adapter: `all-linear`, a list of module names or name endings such as [q, v], or a regular
+    expression that matches a module's whole name."""
+    layers: Annotated[list[StrictInt], Field(min_length=1)] | None = None
+    """Layers that get an adapter, from 0, or from -1 backwards, in both stacks of an encoder-decoder; omit for all."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update."""
+        return self.alpha / alpha_divisor(self.rank, self.rslora)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, method: object) -> object:
+        if isinstance(method, str) and method in OTHER_METHODS:
+            rule = f"{method} {OTHER_METHODS[method]}, but here all adapters share one frozen base in mixed batches"
+            raise ValueError(f"{rule}; write `method: lora`, or train this task with PEFT itself")
+        return method
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_targets(cls, target_modules: str | list[str]) -> str | list[str]:
+        if not target_modules:
+            raise ValueError("target_modules is empty; write all-linear, or list module names: [q, v]")
+        if isinstance(target_modules, str):
+            try:
+                re.compile(target_modules)
+            except re.error as error:
+                rule = f"{target_modules!r} is no regular expression ({error})"
+                raise ValueError(f"{rule}; correct it, or list module names: [q, v]") from error
+        return target_modules
 
 
 class TrainSpec(Part):
@@ -89,7 +131,15 @@ class TrainSpec(Part):
     epochs: int = Field(default=12, ge=1, le=1000)
     """Passes over the training examples."""
     learning_rate: float = Field(default=1e-3, gt=0, le=1)
-    """Peak AdamW learning rate; it falls linearly to zero."""
+    """Peak AdamW learning rate; with lora.plus_ratio, that of the A matrices."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up: falls to zero in a line or half a cosine, or stays."""
+    warmup_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of all steps in which the learning rate rises from zero to its peak."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    """AdamW's decoupled weight decay of the adapter's matrices."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Longer gradients of this adapter are scaled down to this norm."""
     batch_size: int = Field(default=16, ge=1, le=4096)
     """Examples per optimiser step of this adapter."""
     max_length: int = Field(default=128, ge=8, le=32768)
@@ -111,6 +161,8 @@ class ResourceSpec(Part):
     """CPU cores per worker; omit for one beside a GPU, or the whole machine without one."""
     workers: int = Field(default=1, ge=1)
     """Data-parallel workers; 1 unless the base is large."""
+    gradient_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of storing its insides: same adapter, less memory, more time."""
 
     @model_validator(mode="after")
     def _check(self) -> ResourceSpec:
@@ -182,6 +234,11 @@ class TaskSpec(Part):
         return tuple(name for name in template_fields(self.instruction) if name != "labels")
 
 
+def alpha_divisor(rank: int, rslora: bool) -> float:
+    """What alpha is divided by to give the update's factor. Source of rsLoRA: arXiv 2312.03732."""
+    return math.sqrt(rank) if rslora else rank
+
+
 def template_fields(template: str) -> tuple[str, ...]:
     """List a template's {field} names in order, each once. Raises ValueError for anything but plain names."""
     fields: dict[str, None] = {}
@@ -198,42 +255,13 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(fields)
 
 
-@dataclass(frozen=True)
-class LoadedSpecs:
-    """Specs that are right, in the order given, and the problems of those that are not."""
-
-    specs: tuple[TaskSpec, ...]
-    problems: tuple[Problem, ...]
-
-
-def load_task_specs(paths: Iterable[str | Path]) -> tuple[TaskSpec, ...]:
-    """Load every spec. Raises SpecError with all problems of all files."""
-    loaded = try_load_task_specs(paths)
-    if loaded.problems:
-        raise SpecError.of(loaded.problems)
-    return loaded.specs
-
-
-def try_load_task_specs(paths: Iterable[str | Path]) -> LoadedSpecs:
-    """Load every spec that is right; collect the problems of the others. Paths in a spec become absolute."""
-    specs: dict[str, TaskSpec] = {}
-    problems: list[Problem] = []
-    file_of: dict[str, Path] = {}
-    for path in map(Path, paths):
-        found = _load_one(path)
-        if isinstance(found, list):
-            problems += found
-        elif found.name in specs:
-            rule = f"task name is already used by {file_of[found.name]}"
-            problems.append(Problem(str(path), "name", found.name, rule, "give each task its own name"))
-        else:
-            specs[found.name], file_of[found.name] = found, path
-    return LoadedSpecs(tuple(specs.values()), tuple(problems))
-
-
 def spec_hash(spec: TaskSpec) -> str:
     """Hash what decides the trained weights, 16 hex digits; data and base content are hashed by their owners."""
     decisive = spec.model_dump(mode="json", include={"instruction", "labels", "lora", "train"})
+    for part, default in (("lora", LoraSpec()), ("train", TrainSpec())):
+        for name in LATER_FIELDS[part]:
+            if decisive[part][name] == getattr(default, name):
+                del decisive[part][name]
     decisive["columns"] = [spec.data.text, spec.data.label]
     decisive["base"] = [spec.base.dtype, spec.base.quantization]
     decisive["metric"] = spec.gate.metric  # it chooses the epoch
@@ -245,81 +273,3 @@ def task_json_schema() -> dict[str, Any]:
     """JSON schema of a task file, for editors; tasks/schema.json is this."""
     schema = TaskSpec.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _load_one(path: Path) -> TaskSpec | list[Problem]:
-    where = str(path)
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Yaml12Loader)  # a SafeLoader
-    except OSError as error:
-        return [Problem(where, "file", "", error.strerror or str(error), "check the path")]
-    except UnicodeDecodeError:
-        return [Problem(where, "file", "", "is not UTF-8 text", "save the file as UTF-8")]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else "file"
-        rule = f"is not valid YAML: {getattr(error, 'problem', error)}"
-        return [Problem(where, line, "", rule, "check indentation and quotes")]
-    if not isinstance(raw, dict):
-        return [Problem(where, "file", type(raw).__name__, "must hold a mapping of fields", "start with `name: my-task`")]
-    try:
-        spec = TaskSpec.model_validate(raw)
-    except ValidationError as error:
-        return [_problem_of(where, detail) for detail in _without_union_noise(error)]
-    return _resolve_paths(spec, path)
-
-
-def _resolve_paths(spec: TaskSpec, path: Path) -> TaskSpec | list[Problem]:
-    folder = path.resolve().parent
-    problems: list[Problem] = []
-    data: dict[str, Any] = {}
-    for field in ("train", "select", "gate"):
-        source = getattr(spec.data, field)
-        if not isinstance(source, str):
-            continue
-        file = folder / source
-        if file.suffix.lower() not in LOCAL_SUFFIXES:
-            rule, fix = "is no file type that can be read", f"use {', '.join(LOCAL_SUFFIXES)} or {{hub: ..., split: ...}}"
-            problems.append(Problem(str(path), f"data.{field}", repr(source), rule, fix))
-        elif not file.is_file():
-            fix = f"paths are relative to the spec's folder {folder}"
-            problems.append(Problem(str(path), f"data.{field}", repr(source), "file does not exist", fix))
-        data[field] = str(file)
-    base = spec.base
-    if base.model.startswith(("./", "../", "/")):
-        base = base.model_copy(update={"model": str((folder / base.model).resolve())})
-        if not Path(base.model).is_dir():
-            fix = "name a folder in transformers format, or a hub id"
-            problems.append(Problem(str(path), "base.model", repr(spec.base.model), "folder does not exist", fix))
-    if problems:
-        return problems
-    return spec.model_copy(update={"data": spec.data.model_copy(update=data), "base": base})
-
-
-_FIXES = {
-    "extra_forbidden": "remove it or correct the spelling; the fields are listed in tasks/schema.json",
-    "missing": "add the field",
-    "string_type": "put the value in quotes",
-    "string_pattern_mismatch": "use lower-case letters, digits and inner hyphens, at most 63 characters",
-}
-
-
-def _problem_of(where: str, detail: Any) -> Problem:
-    field = ".".join(str(part) for part in detail["loc"] if part != "[key]") or "file"
-    message = detail["msg"].removeprefix("Value error, ")
-    rule, _, fix = message.partition("; ")
-    if detail["type"] == "value_error" and not fix:
-        rule, _, fix = message.partition(": ")
-    fix = _FIXES.get(detail["type"], fix) or "change the value to fit the rule"
-    shown = "" if detail["type"] in ("missing", "value_error") else repr(detail["input"])[:80]
-    return Problem(where, field, shown, rule[:1].lower() + rule[1:], fix)
-
-
-def _without_union_noise(error: ValidationError) -> Sequence[Any]:
-    """Keep one error per field, the deepest, where pydantic reports every branch of a union."""
-    details: dict[tuple[Any, ...], Any] = {}
-    for detail in error.errors():
-        loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource", "list[constrained-str]") and
-                    not str(part).startswith(("literal[", "list[")))
-        details.setdefault(loc, {**detail, "loc": loc})
-    return [details[loc] for loc in details if not any(loc == other[: len(loc)] for other in details if other != loc)]

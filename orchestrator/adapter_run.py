@@ -20,6 +20,10 @@ from multilora.scoring import LabelSet
 from multilora.spec import TaskSpec
 from orchestrator.batching import num_steps_per_epoch
 from orchestrator.dataset import Example
+from orchestrator.schedule import learning_rate
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW remembers of each parameter beside the step."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,27 @@ class AdapterRun:
         """Optimiser steps in all."""
         return self.steps_per_epoch * self.member.spec.train.epochs
 
+    def optim_step(self) -> float:
+        """Clip the adapter's gradient and take one optimiser step; returns the learning rate of the A matrices."""
+        spec = self.member.spec
+        group_a, group_b = self.optimizer.param_groups
+        torch.nn.utils.clip_grad_norm_(_parameters(self), spec.train.max_grad_norm)
+        rate = learning_rate(spec.train, self.step, self.num_steps)
+        group_a["lr"], group_b["lr"] = rate, rate * spec.lora.plus_ratio
+        self.optimizer.step()
+        self.step += 1
+        return rate
+
 
 def save_state(run: AdapterRun, slots: AdapterSlots) -> None:
     """Write one adapter's weights, optimiser and position into one file, atomically.
 
     Tensors are stored by module, not in this group's layout, so that any later group can take the adapter up.
     """
-    parameter = run.optimizer.param_groups[0]["params"][0]
-    state = run.optimizer.state[parameter]
-    vectors = {"weights": parameter}
-    if state:
-        vectors |= {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    vectors = {"weights": slots.flat_SP[run.slot]}
+    states = [run.optimizer.state[parameter] for parameter in _parameters(run)]
+    if all(states):
+        vectors |= {name: torch.cat([state[name] for state in states]) for name in MOMENTS}
     if run.best_P is not None:
         vectors["best"] = run.best_P
     tensors = {
@@ -118,16 +132,21 @@ def load_state(run: AdapterRun, slots: AdapterSlots) -> None:
             if half == "A":
                 parts.setdefault(part, {})[name] = (stream.get_tensor(key), stream.get_tensor(f"{part}/{name}/B"))
     vectors = {part: slots.join(run.slot, tensors) for part, tensors in parts.items()}
-    parameter = run.optimizer.param_groups[0]["params"][0]
     with torch.no_grad():
-        parameter.copy_(vectors["weights"])
+        slots.flat_SP[run.slot] = vectors["weights"]
     if "exp_avg" in vectors:
-        step = torch.tensor(float(facts["step"]))
-        moments = {name: vectors[name] for name in ("exp_avg", "exp_avg_sq")}
-        run.optimizer.state[parameter] = {"step": step, **moments}
+        moments = zip(*(slots.halves_of(vectors[name]) for name in MOMENTS), strict=True)
+        for parameter, halves in zip(_parameters(run), moments, strict=True):
+            state = dict(zip(MOMENTS, halves, strict=True))
+            run.optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"])), **state}
     run.step, run.best_epoch, run.losses = facts["step"], facts["best_epoch"], facts["losses"]
     run.best_result = (facts["best_result"][0], facts["best_result"][1])
     run.best_P = vectors.get("best")
+
+
+def _parameters(run: AdapterRun) -> list[Tensor]:
+    """The adapter's A matrices and its B matrices, one vector each."""
+    return [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
 
 
 def now_ms() -> int:

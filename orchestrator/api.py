@@ -20,7 +20,8 @@ import filelock
 
 from multilora.errors import CapacityError, MultiLoraError, Problem
 from multilora.registry import Registry
-from multilora.spec import GateSpec, TaskSpec, load_task_specs
+from multilora.spec import GateSpec, TaskSpec
+from multilora.spec_files import load_task_specs
 from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller, git_sha
@@ -35,7 +36,7 @@ from orchestrator.status import TaskStatus, status
 from orchestrator.work import TaskWork, Update
 
 load = load_task_specs
-"""Load task specs; see `multilora.spec.load_task_specs`."""
+"""Load task specs; see `multilora.spec_files.load_task_specs`."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ Foreground = Annotated[bool, typer.Option("--foreground", help="Stay in this ter
 @app.command(epilog="Example: orchestrator validate tasks/*.yaml")
 def validate(files: Files, as_json: Json = False) -> None:
     """Check task specs without loading data or a model; every problem of every file at once."""
-    from multilora.spec import try_load_task_specs
+    from multilora.spec_files import try_load_task_specs
 
     loaded = try_load_task_specs(files)
     if as_json:
@@ -239,7 +239,7 @@ def _config(workspace: Path | None) -> OrchestratorConfig:
 
 def _load(files: list[Path]) -> tuple[list[TaskSpec], list[Problem]]:
     """Load what is right and go on with it; nothing to go on with ends the command."""
-    from multilora.spec import try_load_task_specs
+    from multilora.spec_files import try_load_task_specs
 
     loaded = try_load_task_specs(files)
     if not loaded.specs:

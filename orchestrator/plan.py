@@ -1,6 +1,6 @@
 """Which adapters train together, where, and what that will take. Pure: the same input gives the same plan; no torch, no Ray.
 
-Estimates come from arithmetic (4 x parameters x tokens for forward and backward over a frozen base), not from a trial run.
+Estimates come from arithmetic (operations per parameter and token, values stored per token), not from a trial run.
 """
 
 from __future__ import annotations
@@ -51,6 +51,19 @@ class TaskNeed:
         return self.num_train * self.epochs * self.tokens_per_example
 
     @property
+    def num_flops(self) -> float:
+        """Forward and backward over a frozen base take 4 operations per parameter and token, a second forward 2 more."""
+        return (6 if self.resources.gradient_checkpointing else 4) * self.num_base_parameters * self.num_tokens
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """What the backward pass needs: the insides of all layers, or of one layer and the inputs of all in float32."""
+        num_bytes = ACTIVATION_BYTES_PER_TOKEN * self.num_layers
+        if self.resources.gradient_checkpointing:
+            num_bytes = ACTIVATION_BYTES_PER_TOKEN + 4 * self.num_layers
+        return num_bytes * self.hidden_size
+
+    @property
     def num_adapter_parameters(self) -> int:
         """All linear layers of a transformer: attention 4 x (h + h), feed-forward 2 x (h + 4h) inputs and outputs."""
         return 18 * self.hidden_size * self.rank * self.num_layers
@@ -99,15 +112,16 @@ class Plan:
 def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int) -> Plan:
     """Put every task into exactly one group, or refuse it. Longest work is placed first, on the least loaded worker."""
     refused: list[tuple[str, str]] = []
-    alike: dict[tuple[str, float, float], list[TaskNeed]] = {}
+    alike: dict[tuple[str, bool, float, float], list[TaskNeed]] = {}
     for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
         gpus, cpus = _worker_size(need.resources, cluster)
         if reason := _infeasible(need, gpus, cpus, cluster):
             refused.append((need.task, reason))
         else:
-            alike.setdefault((need.base.model_dump_json(), gpus, cpus), []).append(need)
+            kind = (need.base.model_dump_json(), need.resources.gradient_checkpointing, gpus, cpus)
+            alike.setdefault(kind, []).append(need)
     groups: list[TrainingGroup] = []
-    for (_, gpus, cpus), tasks in alike.items():
+    for (_, _, gpus, cpus), tasks in alike.items():
         num_lanes = max(1, min(_num_workers(gpus, cpus, cluster), len(tasks)))
         lanes: list[list[TaskNeed]] = [[] for _ in range(num_lanes)]
         for need in tasks:
@@ -164,7 +178,8 @@ def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) 
     if needed > budget:
         return (
             f"needs about {needed / 2**30:.1f} GiB, one worker has {budget / 2**30:.1f} GiB; "
-            "use base.quantization 8bit or 4bit, a smaller batch_size or max_length, or a larger machine"
+            "use resources.gradient_checkpointing: true, base.quantization 8bit or 4bit, a smaller batch_size or max_length, "
+            "or a larger machine"
         )
     return None
 
@@ -179,7 +194,7 @@ def _group(
     num_slots = min(max_slots, len(lane))
     while num_slots > 1 and _memory_bytes(lane, num_slots) > _budget(gpus, cluster):
         num_slots -= 1
-    num_flops = sum(4 * need.num_base_parameters * need.num_tokens for need in lane)
+    num_flops = sum(need.num_flops for need in lane)
     rate = gpus * FLOPS_PER_S["gpu"] if gpus else cpus * FLOPS_PER_S["cpu_core"]
     members = tuple(need.task for need in lane)
     return TrainingGroup(
@@ -201,5 +216,5 @@ def _memory_bytes(lane: Sequence[TaskNeed], num_slots: int) -> int:
     kind = first.base.quantization if first.base.quantization != "none" else first.base.dtype
     largest = sorted((need.batch_size * need.tokens_per_example for need in lane), reverse=True)[:num_slots]
     adapters = num_slots * max(need.num_adapter_parameters for need in lane) * BYTES_PER_ADAPTER_PARAMETER
-    activations = sum(largest) * ACTIVATION_BYTES_PER_TOKEN * first.num_layers * first.hidden_size
+    activations = sum(largest) * first.activation_bytes_per_token
     return int(WORKER_BYTES + first.num_base_parameters * BYTES_PER_WEIGHT[kind] + adapters + activations)

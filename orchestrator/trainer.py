@@ -28,9 +28,9 @@ from multilora.spec import spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
 from orchestrator.batching import batch_indices, dropout_key
+from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.metrics import METRICS
 
-MAX_GRAD_NORM = 1.0
 NUM_CANARIES = 4
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 8192}
@@ -59,8 +59,9 @@ class GroupTrainer:
         self._on_event = on_event
         self._modules_of: dict[str, list[str]] = {}
         for member in members:
+            lora = member.spec.lora
             try:
-                self._modules_of[member.run_key] = match_modules(base.model, member.spec.lora.target_modules)
+                self._modules_of[member.run_key] = match_modules(base.model, lora.target_modules, lora.layers)
             except AdapterError as error:
                 self._refuse(member, error)
         self._waiting = [member for member in members if member.run_key in self._modules_of]
@@ -69,6 +70,8 @@ class GroupTrainer:
         max_rank = max((member.spec.lora.rank for member in self._waiting), default=1)
         self.num_slots = min(num_slots, len(self._waiting))
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
+        if any(member.spec.resources.gradient_checkpointing for member in members):
+            checkpoint_layers(base.model, self.slots)
         self._active: list[AdapterRun] = []
 
     def train(self, should_stop: Callable[[], bool], checkpoint_every_s: float) -> bool:
@@ -128,14 +131,9 @@ class GroupTrainer:
             if not math.isfinite(losses[run.slot]):
                 self._fail(run, NOT_FINITE)
                 continue
-            parameter = run.optimizer.param_groups[0]["params"][0]
-            torch.nn.utils.clip_grad_norm_([parameter], MAX_GRAD_NORM)
-            run.optimizer.param_groups[0]["lr"] = run.member.spec.train.learning_rate * (1 - run.step / run.num_steps)
-            run.optimizer.step()
-            run.step += 1
+            rate = run.optim_step()
             run.losses.append(losses[run.slot])
-            metrics = {"train/loss": losses[run.slot], "train/learning_rate": run.optimizer.param_groups[0]["lr"]}
-            self._emit(run, "progress", metrics)
+            self._emit(run, "progress", {"train/loss": losses[run.slot], "train/learning_rate": rate})
 
     def save_states(self) -> None:
         """Write every active adapter's checkpoint."""
@@ -161,7 +159,8 @@ class GroupTrainer:
             base_fingerprint=self.base.files.fingerprint,
             scorer_version=SCORER_VERSION,
             rank=spec.lora.rank,
-            scaling=spec.lora.alpha / spec.lora.rank,
+            scaling=spec.lora.scaling,
+            rslora=spec.lora.rslora,
             num_modules=len(run.module_names),
             canaries=canaries,
             spec_hash=spec_hash(spec),
@@ -210,7 +209,7 @@ class GroupTrainer:
         )
         modules = self._modules_of[member.run_key]
         generator = torch.Generator().manual_seed(spec.train.seed)
-        self.slots.fresh(slot, modules, spec.lora.rank, spec.lora.alpha / spec.lora.rank, generator)
+        self.slots.fresh(slot, modules, spec.lora.rank, spec.lora.scaling, generator)
         self.slots.dropouts[slot] = spec.lora.dropout
         run = AdapterRun(
             member=member,
@@ -218,7 +217,9 @@ class GroupTrainer:
             prompt_format=prompt_format,
             labels=labels,
             module_names=modules,
-            optimizer=torch.optim.AdamW([self.slots.parameter(slot)], lr=spec.train.learning_rate, weight_decay=0.0),
+            optimizer=torch.optim.AdamW(
+                [{"params": [half]} for half in self.slots.parameters(slot)], weight_decay=spec.train.weight_decay
+            ),
             train_ids=train_ids,
             train_gold=[labels.names.index(example.label) for example in member.train],
             select_ids=select_ids,

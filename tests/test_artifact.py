@@ -100,6 +100,34 @@ def test_plain_peft_gives_the_same_results(make, base_folder, tmp_path, family, 
     assert (ours - outputs(family, peft_model, tokens_BT)).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("targets", "layers", "is_rslora"), [(r".*\.1\..*", None, True), ("all-linear", [0], False), ("some", [-1], True)]
+)
+@torch.no_grad()
+def test_plain_peft_gives_the_same_results_for_every_choice(
+    fresh_base, base_folder, random_adapter, tmp_path, family, targets, layers, is_rslora
+):
+    base = fresh_base(family)
+    names = match_modules(base.model, ATTENTION[family] if targets == "some" else targets, layers)
+    slots = AdapterSlots(base.model, names, 1, 8)
+    slots.load(0, random_adapter(slots, RANK, seed=3), SCALING)
+    card = card_of(base, slots.export(0), rslora=is_rslora)
+    artifact = write_artifact(tmp_path / "adapter", card, slots.export(0))
+    assert read_artifact(artifact.folder, artifact.digest).card == card
+    assert set(read_tensors(artifact)) == set(names)
+    config = json.loads((artifact.folder / CONFIG).read_text(encoding="utf-8"))
+    assert (config["use_rslora"], config["lora_alpha"]) == ((True, 3.0) if is_rslora else (False, 6.0))
+    tokens_BT = torch.randint(5, 900, (3, 7), generator=torch.Generator().manual_seed(0))
+    with slots.using([Segment(0, 3)]):
+        ours = outputs(family, base.model, tokens_BT)
+    plain = AUTO_CLASS[family].from_pretrained(base_folder(family)).eval()
+    of_base = outputs(family, plain, tokens_BT)
+    peft_model = PeftModel.from_pretrained(plain, artifact.folder).eval()
+    assert peft_model.base_model.targeted_module_names == names
+    assert (ours - outputs(family, peft_model, tokens_BT)).abs().max() <= TOLERANCE
+    assert (ours - of_base).abs().max() > 0.05
+
+
 @torch.no_grad()
 def test_merged_peft_model_gives_the_same_scores(make, fresh_base, tmp_path, family):
     base, slots, _ = make(family)
@@ -272,7 +300,8 @@ BROKEN_WHEN_READ = {
     "rank of the tensors": (change_tensors(double_rank), f"has rank 8, {CONFIG} says 4, its card says 4"),
     "rank of the config": (change_json(CONFIG, r=2), f"has rank 4, {CONFIG} says 2, its card says 4"),
     "rank of the card": (change_json(CARD, rank=8), f"has rank 4, {CONFIG} says 4, its card says 8"),
-    "other scaling": (change_json(CONFIG, lora_alpha=99.0), f"alpha / r in {CONFIG} differs from the card's scaling"),
+    "other scaling": (change_json(CONFIG, lora_alpha=99.0), f"alpha, r and use_rslora in {CONFIG} differ from the card"),
+    "other kind of scaling": (change_json(CONFIG, use_rslora=True), f"alpha, r and use_rslora in {CONFIG} differ from the card"),
 }
 
 

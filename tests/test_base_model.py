@@ -107,8 +107,7 @@ def test_adapter_on_a_quantised_base_trains(fresh_base, quantization):
     base = fresh_base("causal", quantization=quantization)
     slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), 2, 4, is_trainable=True)
     slots.fresh(1, list(slots.layers), 4, 2.0, torch.Generator().manual_seed(0))
-    parameter_P = slots.parameter(1)
-    optimizer = torch.optim.AdamW([parameter_P], lr=0.01)
+    optimizer = torch.optim.AdamW(slots.parameters(1), lr=0.01)
     tokens_BT = torch.randint(5, 900, (4, 8), generator=torch.Generator().manual_seed(0))
     losses = []
     for _ in range(4):

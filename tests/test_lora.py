@@ -5,13 +5,15 @@ Dims: B rows, T positions, P adapter parameters per slot.
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import FAMILIES
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError
@@ -240,9 +242,9 @@ def test_training_a_slot_leaves_the_others_gradients_exactly_unchanged(fresh_bas
     segments, tokens_BT, weights = [Segment(0, 2), Segment(1, 2)], random_tokens(4, 0), torch.ones(4)
     before_SP = gradients(base, slots, segments, tokens_BT, weights)
     weights_of_0 = slots.export(0)
-    parameter_P = slots.parameter(1)
-    assert torch.equal(parameter_P.grad, before_SP[1])
-    torch.optim.AdamW([parameter_P], lr=0.1).step()
+    parameters = slots.parameters(1)
+    assert torch.equal(torch.cat([parameter.grad for parameter in parameters]), before_SP[1])
+    torch.optim.AdamW(parameters, lr=0.1).step()
     after_SP = gradients(base, slots, segments, tokens_BT, weights)
     assert torch.equal(after_SP[0], before_SP[0])
     assert not torch.equal(after_SP[1], before_SP[1]), "the optimiser's vector is the layer's own weights"
@@ -286,8 +288,8 @@ def test_adapter_that_is_off_gives_the_base_bit_for_bit(mixed, has_grad):
 def test_trained_padding_stays_zero_and_gradients_land_in_the_flat_matrix(fresh_base, random_adapter, family):
     base, slots = wrapped(fresh_base, family, is_trainable=True)
     slots.load(0, random_adapter(slots, 3, seed=0), 1.0)
-    parameter_P = slots.parameter(0)
-    optimizer = torch.optim.AdamW([parameter_P], lr=0.1)
+    parameters = slots.parameters(0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
     for seed in range(2):
         gradients(base, slots, [Segment(0, 2)], random_tokens(2, seed), torch.ones(2))
         optimizer.step()
@@ -296,6 +298,8 @@ def test_trained_padding_stays_zero_and_gradients_land_in_the_flat_matrix(fresh_
         assert layer.a_SRI.grad[0, :3].any()
         assert not layer.a_SRI[0, 3:].any()
         assert not layer.b_SOR[0, :, 3:].any()
+        for weights, parameter in zip((layer.a_SRI, layer.b_SOR), parameters, strict=True):
+            assert parameter.data_ptr() <= weights[0].data_ptr() < parameter.data_ptr() + 4 * parameter.numel()
     assert all(parameter.grad is None for parameter in base.model.parameters() if not parameter.requires_grad)
 
 
@@ -434,6 +438,55 @@ def test_target_modules_match_names_and_endings(fresh_base, targets, expected):
 def test_target_that_matches_nothing_is_refused_with_the_choices(fresh_base, target):
     with pytest.raises(AdapterError, match=rf"target_modules \['{target}'\] match no .* this base has dense, key, query, value"):
         match_modules(fresh_base("encoder").model, ["query", target])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r".*\.1\..*\.(query|value)", [f"encoder.layer.1.attention.self.{name}" for name in ("query", "value")]),
+        (r"encoder\.layer\.\d\.output\.dense", [f"encoder.layer.{i}.output.dense" for i in (0, 1)]),
+    ],
+)
+def test_a_string_is_a_regular_expression_for_the_whole_name_as_in_peft(fresh_base, pattern, expected):
+    model = fresh_base("encoder").model
+    assert match_modules(model, pattern) == expected
+    of_peft = get_peft_model(model, LoraConfig(target_modules=pattern)).base_model.targeted_module_names
+    assert of_peft == expected
+
+
+@pytest.mark.parametrize("pattern", ["query", r"self\.query", r".*\.q", ""])
+def test_pattern_that_matches_no_whole_name_is_refused_with_an_example(fresh_base, pattern):
+    rule = "has dense, key, query, value (such as encoder.layer.0.attention.self.query, of which a regular expression must"
+    with pytest.raises(AdapterError, match=re.escape(rule)):
+        match_modules(fresh_base("encoder").model, pattern)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "causal", "qwen2"])
+@pytest.mark.parametrize(("layers", "kept"), [([0], {0}), ([-1], {1}), ([1, 0], {0, 1}), ([-2, 0], {0})])
+def test_layers_are_those_of_peft(fresh_base, kind, layers, kept):
+    model = fresh_base(kind).model
+    every = match_modules(model, "all-linear")
+    chosen = match_modules(model, "all-linear", layers)
+    assert chosen == [name for name in every if any(f".{layer}." in name for layer in kept)]
+    # PEFT takes a whole name whatever the layer.
+    endings = sorted({name.rpartition(".")[2] for name in every})
+    config = LoraConfig(target_modules=endings, layers_to_transform=sorted(kept))
+    assert chosen == get_peft_model(model, config).base_model.targeted_module_names
+
+
+def test_layers_are_blocks_of_both_stacks_which_may_differ_in_depth():
+    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=3, num_decoder_layers=2, num_heads=1)
+    model = T5ForConditionalGeneration(config)
+    assert match_modules(model, ["q"], [-1]) == [
+        "encoder.block.2.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.0.SelfAttention.q",
+        "decoder.block.1.layer.1.EncDecAttention.q",
+    ]
+    assert match_modules(model, ["q"], [2]) == ["encoder.block.2.layer.0.SelfAttention.q"]
+    with pytest.raises(AdapterError, match=r"layers \[3, -4\] do not exist; .* 3 layers in encoder.block and 2 layers in"):
+        match_modules(model, "all-linear", [0, 3, -4])
+    with pytest.raises(AdapterError, match=r"target_modules \['EncDecAttention.q'\] match no linear layer"):
+        match_modules(model, ["q", "EncDecAttention.q"], [2])
 
 
 def test_model_without_linear_layers_is_refused():

@@ -210,7 +210,8 @@ def test_tasks_that_fit_alone_but_not_even_in_turn_get_groups_of_their_own():
         (
             {"num_base_parameters": 11_000_000_000},
             "needs about 42.2 GiB, one worker has 8.0 GiB; "
-            "use base.quantization 8bit or 4bit, a smaller batch_size or max_length, or a larger machine",
+            "use resources.gradient_checkpointing: true, base.quantization 8bit or 4bit, a smaller batch_size or max_length, "
+            "or a larger machine",
         ),
     ],
 )
@@ -227,3 +228,18 @@ def test_quantization_lets_a_large_base_in():
     plan = plan_groups(tasks, cluster, 16)
     assert [task for task, _ in plan.refused] == ["none"]
     assert {group.members for group in plan.groups} == {("8bit",), ("4bit",)}
+
+
+def test_gradient_checkpointing_takes_less_memory_more_time_and_a_group_of_its_own():
+    checkpointed = ResourceSpec(gradient_checkpointing=True)
+    tasks = [need("a"), need("b", resources=checkpointed), need("c", resources=checkpointed)]
+    fixed, adapter = GIB + 20_000_000 * 4, 18 * 384 * 8 * 6 * 16
+    # 16 x 40 tokens: the insides of one layer and the inputs of six, against the insides of six.
+    step = 16 * 40 * (136 + 4 * 6) * 384
+    plan = plan_groups(tasks, TWO_CPUS, 16)
+    assert {group.members: group.memory_bytes for group in plan.groups} == {
+        ("a",): fixed + adapter + 16 * 40 * 136 * 6 * 384,
+        ("b", "c"): fixed + 2 * (adapter + step),
+    }
+    alone, pair = sorted(plan.groups, key=lambda group: len(group.members))
+    assert pair.seconds - 25 == pytest.approx(2 * 1.5 * (alone.seconds - 25))

@@ -81,6 +81,10 @@ def test_no_specs():
         {"lora": {"alpha": 8.0}},
         {"lora": {"dropout": 0.1}},
         {"lora": {"target_modules": ["query"]}},
+        {"lora": {"layers": [1]}},
+        {"lora": {"rslora": True}},
+        {"lora": {"plus_ratio": 16}},
+        {"train": {"schedule": "cosine"}},
         {"train": {"epochs": 3}},
         {"train": {"learning_rate": 0.01}},
         {"train": {"batch_size": 4}},
@@ -99,12 +103,20 @@ def test_the_run_key_changes_with_what_decides_the_weights(raw, changes):
     [
         {"description": "Judges moods."},
         {"gate": {"min": 0.9, "margin": 0.05}},
-        {"resources": {"gpus": 0, "cpus": 1}},
+        {"resources": {"gpus": 0, "cpus": 1, "gradient_checkpointing": True}},
         {"lora": {"rank": 8, "alpha": 16}},
     ],
 )
 def test_the_run_key_stays_with_everything_else(raw, changes):
     assert prepared_of(raw, **changes).run_key == prepared_of(raw).run_key
+
+
+def test_params_show_every_option(raw):
+    lora, train = {"plus_ratio": 16.0, "rslora": True, "layers": [-1]}, {"schedule": "cosine", "warmup_ratio": 0.1}
+    params = prepared_of(raw, lora=lora, train=train).params
+    assert {name: params[f"lora.{name}"] for name in lora} == lora
+    assert {name: params[f"train.{name}"] for name in train} == train
+    assert (params["train.weight_decay"], params["train.max_grad_norm"]) == (0.0, 1.0)
 
 
 def test_the_run_key_follows_the_data_and_not_the_file(raw, tmp_path):

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from multilora.segments import Segment, length_batches, order_by_slot, segments_of
+from multilora.segments import Segment, equal_runs, length_batches, order_by_slot, segments_of
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,12 @@ from multilora.segments import Segment, length_batches, order_by_slot, segments_
 )
 def test_segments_join_neighbours_of_equal_slot(slots, expected):
     assert segments_of(slots) == expected
+
+
+def test_runs_touch_and_have_equal_lengths():
+    spans = [(0, 0, 2), (3, 2, 4), (1, 4, 5), (2, 6, 7), (4, 7, 8)]
+    assert list(equal_runs(spans)) == [spans[:2], spans[2:3], spans[3:]]
+    assert list(equal_runs([])) == []
 
 
 def test_order_puts_base_rows_first_and_is_stable_within_a_slot():

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from multilora.errors import SpecError
-from multilora.spec import load_task_specs, spec_hash, task_json_schema, try_load_task_specs
+from multilora.spec import spec_hash, task_json_schema
+from multilora.spec_files import load_task_specs, try_load_task_specs
 
 ROOT = Path(__file__).parents[1]
 SPEC = """\
@@ -72,6 +73,11 @@ lora: {target_modules: [q, v]}
     assert spec.columns == ("title", "body")
     assert spec.labels is None
     assert spec.lora.target_modules == ["q", "v"]
+
+
+@pytest.mark.parametrize(("settings", "scaling"), [("alpha: 8", 0.5), ("alpha: 8, rslora: true", 2.0)])
+def test_scaling_is_alpha_over_rank_or_its_root(load, settings, scaling):
+    assert load(SPEC + f"lora: {{rank: 16, {settings}}}\n").lora.scaling == scaling
 
 
 def test_answer_column_may_be_called_labels(load):
@@ -160,6 +166,16 @@ PROBLEMS = {
     "unknown dtype": (("org/model", "a/b, dtype: float16"), "base.dtype", "should be 'float32' or 'bfloat16'", "change"),
     "rank zero": ("lora: {rank: 0}", "lora.rank", "greater than or equal to 1", "change the value"),
     "number as target": ("lora: {target_modules: [q, 1]}", "lora.target_modules.1", "valid string", "put the value in quotes"),
+    "broken pattern": ('lora: {target_modules: "(q|v"}', "lora.target_modules", "no regular expression .missing", "list module"),
+    "no targets": ("lora: {target_modules: []}", "lora.target_modules", "target_modules is empty", "write all-linear"),
+    "word as layer": ("lora: {layers: [last]}", "lora.layers.0", "valid integer", "change the value"),
+    "no layers": ("lora: {layers: []}", "lora.layers", "at least 1 item", "change the value"),
+    "unknown method": ("lora: {method: vera}", "lora.method", "should be 'lora'", "change the value"),
+    "PEFT's name": ("lora: {use_dora: true}", "lora.use_dora", "not permitted", "the field is called lora.method here"),
+    "LoRA+ backwards": ("lora: {plus_ratio: 0.5}", "lora.plus_ratio", "greater than or equal to 1", "change the value"),
+    "unknown schedule": ("train: {schedule: step}", "train.schedule", "'linear', 'cosine' or 'constant'", "change the value"),
+    "only warm-up": ("train: {warmup_ratio: 1}", "train.warmup_ratio", "less than 1", "change the value"),
+    "endless norm": ("train: {max_grad_norm: inf}", "train.max_grad_norm", "finite number", "change the value"),
     "word as number": ("train: {learning_rate: fast}", "train.learning_rate", "valid number", "change the value"),
     "half a worker": ("resources: {workers: 0.5}", "resources.workers", "valid integer", "change the value"),
     "fraction of several gpus": ("resources: {gpus: 1.5}", "resources", "gpus above 1 must be a whole number", "write 0.5, 1, 2"),
@@ -180,6 +196,16 @@ def test_problem_names_file_field_rule_and_fix(write, case):
     assert (problem.where, problem.field) == (str(path), field)
     assert re.search(rule, problem.rule)
     assert re.search(fix, problem.fix)
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "prefix", "prompt", "bitfit", "pissa", "olora", "corda"])
+def test_other_methods_are_refused_with_the_reason(write, method):
+    with pytest.raises(SpecError) as caught:
+        load_task_specs([write(SPEC + f"lora: {{method: {method}}}\n")])
+    (problem,) = caught.value.problems
+    assert problem.field == "lora.method"
+    assert re.fullmatch(f"{method} [a-z' -]+, but here all adapters share one frozen base in mixed batches", problem.rule)
+    assert problem.fix == "write `method: lora`, or train this task with PEFT itself"
 
 
 def test_missing_file_folder_and_binary_file_are_named(write, tmp_path):
@@ -229,7 +255,10 @@ def test_all_problems_of_all_files_are_found_at_once(write):
     "change",
     [("Is this spam?", "Spam?"), ("ham: wanted", "ham: good"), ("spam: unwanted, ham: wanted", "ham: wanted, spam: unwanted"),
      ("spam.jsonl", "spam.jsonl, label: answer"), ("org/model", "org/model, dtype: bfloat16"),
-     ("labels:", "lora: {rank: 4}\nlabels:"), ("labels:", "train: {seed: 1}\nlabels:")],
+     ("labels:", "lora: {rank: 4}\nlabels:"), ("labels:", "train: {seed: 1}\nlabels:"),
+     *(("labels:", f"lora: {{{change}}}\nlabels:") for change in ("rslora: true", "plus_ratio: 4", "layers: [0]")),
+     *(("labels:", f"train: {{{change}}}\nlabels:") for change in (
+         "schedule: cosine", "warmup_ratio: 0.1", "weight_decay: 0.1", "max_grad_norm: 2"))],
 )  # fmt: skip
 def test_hash_changes_with_what_decides_the_weights(load, change):
     assert spec_hash(load(SPEC)) != spec_hash(load(SPEC.replace(*change)))
@@ -238,10 +267,19 @@ def test_hash_changes_with_what_decides_the_weights(load, change):
 @pytest.mark.parametrize(
     "change",
     [("name: spam", "name: other"), ("labels:", "description: for people\nlabels:"), ("labels:", "gate: {min: 0.5}\nlabels:"),
-     ("labels:", "resources: {cpus: 1}\nlabels:"), ("labels:", "lora: {rank: 8}\nlabels:")],
+     ("labels:", "resources: {cpus: 1}\nlabels:"), ("labels:", "lora: {rank: 8}\nlabels:"),
+     ("labels:", "resources: {gradient_checkpointing: true}\nlabels:"),
+     ("labels:", "lora: {method: lora, rslora: false, plus_ratio: 1}\ntrain: {schedule: linear, max_grad_norm: 1}\nlabels:")],
 )  # fmt: skip
 def test_hash_stays_where_the_weights_stay(load, change):
     assert spec_hash(load(SPEC)) == spec_hash(load(SPEC.replace(*change)))
+
+
+def test_hash_is_that_of_the_releases_before(load):
+    """Adapters that earlier versions trained must not be trained again because the spec got new fields."""
+    assert spec_hash(load(SPEC)) == "be2e665171e70738"
+    settings = "lora: {rank: 4, target_modules: [q, v]}\ntrain: {seed: 3, early_stopping: 2}\n"
+    assert spec_hash(load(SPEC + settings)) == "37646d42ce6857f0"
 
 
 def test_schema_lists_every_field_with_its_sentence():

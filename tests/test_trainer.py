@@ -14,12 +14,14 @@ import pytest
 import torch
 from conftest import FAMILIES
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from transformers import get_scheduler
 
 from multilora.artifact import read_artifact, read_tensors
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import ScoringRow, answer_losses, encode_labels
-from multilora.spec import TaskSpec, spec_hash
+from multilora.spec import ResourceSpec, TaskSpec, spec_hash
 from orchestrator.batching import batch_indices
 from orchestrator.dataset import Example
 from orchestrator.trainer import GroupTrainer, Member
@@ -67,14 +69,15 @@ def member_of(
 def unlike_members(folder, base):
     """Four members that share nothing but the base."""
     some = SOME_MODULES[base.family]
-    dropout = {"labels": "good bad odd", "lora": {"rank": 2, "alpha": 8, "dropout": 0.4}, "max_length": 32, "seed": 7}
-    narrow = {"labels": "a b c d", "lora": {"rank": 4, "target_modules": some}, "metric": "macro_f1", "seed": 3}
-    single = {"lora": {"rank": 1, "alpha": 2, "target_modules": some[:1]}, "num_train": 6}
+    tail = rf".*\.1\..*\.({'|'.join(some)})"
+    dropout = {"labels": "good bad odd", "lora": {"rank": 2, "alpha": 8, "dropout": 0.4, "rslora": True, "layers": [-1]}}
+    narrow = {"labels": "a b c d", "lora": {"rank": 4, "target_modules": some, "plus_ratio": 4}, "metric": "macro_f1"}
+    single = {"lora": {"rank": 1, "alpha": 2, "target_modules": tail}, "num_train": 6}
     return [
         member_of(folder, base, "plain", learning_rate=3e-3, batch_size=8, num_train=17),
-        member_of(folder, base, "dropout", **dropout, learning_rate=1e-2, batch_size=3),
-        member_of(folder, base, "narrow", **narrow, batch_size=5, epochs=3),
-        member_of(folder, base, "single", **single, batch_size=99, epochs=4),
+        member_of(folder, base, "dropout", **dropout, learning_rate=1e-2, batch_size=3, max_length=32, seed=7, schedule="cosine"),
+        member_of(folder, base, "narrow", **narrow, batch_size=5, epochs=3, seed=3, warmup_ratio=0.3, max_grad_norm=0.1),
+        member_of(folder, base, "single", **single, batch_size=99, epochs=4, schedule="constant", weight_decay=0.5),
     ]
 
 
@@ -266,16 +269,19 @@ def test_members_that_cannot_start_fail_alone(solo, fresh_base, tmp_path):
     long = member_of(tmp_path, base, "long", instruction=f"{' '.join(WORDS)} {{labels}} {{text}}", max_length=8)
     alike = member_of(tmp_path, base, "alike", labels="☃ ♞")
     lost = member_of(tmp_path, base, "lost", lora={"target_modules": ["query"]})
-    group = Trained(base, [long, lost, alike, plain], 1)
+    deep = member_of(tmp_path, base, "deep", lora={"layers": [1, 12]})
+    group = Trained(base, [long, lost, alike, deep, plain], 1)
     assert group.is_complete
-    assert {task: group.last(task).kind for task in ("long", "lost", "alike", "plain")} == {
+    assert {task: group.last(task).kind for task in ("long", "lost", "alike", "deep", "plain")} == {
         "long": "failed",
         "lost": "failed",
         "alike": "failed",
+        "deep": "failed",
         "plain": "finished",
     }
     assert group.last("long").message.endswith("more than train.max_length 8: raise max_length or shorten them")
     assert group.last("lost").message.startswith("target_modules ['query'] match no linear layer; this base has ")
+    assert group.last("deep").message.startswith("layers [12] do not exist; this base has 2 layers in encoder.block and 2 ")
     assert group.last("alike").message.startswith("two of the labels ☃, ♞ are the same tokens to base ")
     assert_same_weights(group.weights("plain"), solo("seq2seq")["plain"].weights("plain"))
 
@@ -357,7 +363,7 @@ def test_an_exported_adapter_answers_in_the_engine_as_its_card_says(family, dtyp
         )
         assert card.spec_hash == spec_hash(member.spec)
         assert card.prompt_format == PromptFormat.of(member.spec, family)
-        assert card.scaling == member.spec.lora.alpha / member.spec.lora.rank
+        assert card.scaling == member.spec.lora.scaling
         assert [canary.columns for canary in card.canaries] == [example.columns for example in member.select[:4]]
         key = engine.bind(artifact, version=1)
         answers = engine.classify([Work(key, engine.prompt(key, canary.columns)) for canary in card.canaries])
@@ -400,22 +406,35 @@ def test_the_first_loss_is_the_bases_mean_loss_of_the_batch_however_it_is_cut(fa
     assert trained.losses("mood")[1] == pytest.approx(losses_B.mean().item(), rel=1e-6, abs=LOSS_TOLERANCE)
 
 
+OPTIONS = {"rslora": True, "plus_ratio": 4, "layers": [1]}
+STEPS = {"schedule": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.3, "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, {}), (OPTIONS, STEPS)])
 @pytest.mark.parametrize("family", ["seq2seq", "causal"])
-def test_training_equals_a_plain_peft_loop(family, fresh_base, tmp_path):
-    """The oracle: PEFT's layers, transformers' own loss one row at a time, AdamW, clipping and a linear rate."""
+def test_training_equals_a_plain_peft_loop(family, options, steps, fresh_base, tmp_path):
+    """The oracle: PEFT's layers and LoRA+, transformers' own loss one row at a time and schedule, AdamW and clipping."""
     base, plain = fresh_base(family), fresh_base(family)
-    settings = {"rank": 4, "alpha": 8, "target_modules": SOME_MODULES[family]}
-    member = member_of(tmp_path, base, "mood", lora=settings, learning_rate=1e-2, labels="good very-bad")
+    settings = {"rank": 4, "alpha": 8, "target_modules": SOME_MODULES[family], **options}
+    member = member_of(tmp_path, base, "mood", lora=settings, learning_rate=3e-3, labels="good very-bad", **steps)
     weights = {}
     # After the last event, at step 6, the slot is empty.
     trained = Trained(base, [member], on_event=lambda trainer, event: weights.update({event.step: trainer.slots.export(0)}))
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=SOME_MODULES[family], lora_dropout=0.0)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=SOME_MODULES[family], use_rslora="rslora" in options,
+        layers_to_transform=options.get("layers"),
+    )  # fmt: skip
     model = get_peft_model(plain.model, config)
     layers = {name.removeprefix("base_model.model."): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
     for name, (a_RI, _) in weights[0].items():
         layers[name].lora_A["default"].weight.data.copy_(a_RI)
+    assert set(layers) == set(weights[0])
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=3e-3, loraplus_lr_ratio=options.get("plus_ratio", 1.0),
+        loraplus_weight_decay=steps.get("weight_decay", 0.0),
+    )  # fmt: skip
+    scheduler = get_scheduler(steps.get("schedule", "linear"), optimizer, math.ceil(6 * steps.get("warmup_ratio", 0)), 6)
     prompt_format = PromptFormat.of(member.spec, family)
     for step in range(5):
         batch = [member.train[index] for index in batch_indices(11, 4, 0, step)]
@@ -430,12 +449,23 @@ def test_training_equals_a_plain_peft_loop(family, fresh_base, tmp_path):
         assert trained.losses("mood")[step + 1] == pytest.approx(loss.item(), rel=1e-6, abs=LOSS_TOLERANCE)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 6)
+        torch.nn.utils.clip_grad_norm_(parameters, steps.get("max_grad_norm", 1.0))
         optimizer.step()
+        scheduler.step()
     for name, (a_RI, b_OR) in weights[5].items():
         torch.testing.assert_close(layers[name].lora_A["default"].weight, a_RI, rtol=0, atol=WEIGHT_TOLERANCE)
         torch.testing.assert_close(layers[name].lora_B["default"].weight, b_OR, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_trains_the_same_adapters(family, solo, fresh_base, tmp_path):
+    base = fresh_base(family)
+    first, *others = unlike_members(tmp_path, base)
+    resources = ResourceSpec(gradient_checkpointing=True)
+    group = Trained(base, [replace(first, spec=first.spec.model_copy(update={"resources": resources})), *others])
+    for task, alone in solo(family).items():
+        assert_same_losses(group.losses(task), alone.losses(task))
+        assert_same_weights(group.weights(task), alone.weights(task))
 
 
 def test_two_groups_leave_the_base_as_it_was(fresh_base, tmp_path):

@@ -92,7 +92,7 @@ def _plain_peft(adapter: Path, spec_file: Path, texts: list[str]) -> list[list[f
 
 def _with_rotated_train_labels(folder: Path, spec_file: Path) -> Path:
     """The same task with its own gate rows right and every training label moved on by one."""
-    from multilora.spec import load_task_specs
+    from multilora.spec_files import load_task_specs
     from orchestrator.dataset import build_dataset
 
     dataset = build_dataset(load_task_specs([spec_file])[0])
