@@ -12,7 +12,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec prompt base_files base_model target_modules lora artifact scoring "
     "registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
-    "orchestrator": "config metrics batching dataset plan prepare state judge adapter_run trainer worker evaluate "
+    "orchestrator": "config metrics calibration batching dataset plan prepare state judge adapter_run trainer worker evaluate "
     "report_page report cluster background services status deploy work controller api progress cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
@@ -20,7 +20,7 @@ FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrato
 LIGHT = """multilora.errors multilora.log multilora.spec multilora.prompt multilora.segments multilora.base_files
     serve.config serve.schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset orchestrator.plan
     orchestrator.prepare orchestrator.report_page orchestrator.services orchestrator.state
-    orchestrator.judge orchestrator.metrics orchestrator.batching orchestrator.cli"""
+    orchestrator.judge orchestrator.metrics orchestrator.calibration orchestrator.batching orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
