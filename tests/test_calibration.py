@@ -4,8 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from tiny_adapters import MAIL, TEXTS, item_of
 
 from orchestrator.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, expected_calibration_error, fit_temperature
+from orchestrator.dataset import Example
+from orchestrator.evaluate import EvalItem, evaluate
 from serve.engine import softmax
 
 
@@ -84,3 +87,20 @@ def test_calibration_error_of_the_best_and_the_worst():
 def test_a_confidence_for_every_verdict():
     with pytest.raises(ValueError, match="zip"):
         expected_calibration_error([0.5, 0.6], [True])
+
+
+def test_evaluation_takes_the_temperature_from_the_card_and_the_base_has_none(tiny_adapter):
+    artifact = tiny_adapter("encoder", MAIL)
+    labels = [name for name, _ in MAIL.labels]
+    rows = tuple(Example(f"{i}", item_of(MAIL, text), labels[i % 4]) for i, text in enumerate(TEXTS))
+    item = EvalItem("mail", 1, artifact.digest, str(artifact.folder), rows, "gate", rows)
+    outcome = evaluate(artifact.card.base, [item])
+    assert outcome.errors == {}
+    for system, temperature in (("mail@1", MAIL.temperature), ("zero-shot", 1.0)):
+        report = outcome.reports["mail", system]
+        assert report.temperature == temperature
+        confidences = [max(softmax(graded.scores, temperature)) for graded in report.answers]
+        assert [graded.probability for graded in report.answers] == confidences
+        assert report.calibration_errors["ece"] == expected_calibration_error(confidences, report.correct)
+        uncalibrated = [max(softmax(graded.scores, 1.0)) for graded in report.answers]
+        assert report.calibration_errors["ece_uncalibrated"] == expected_calibration_error(uncalibrated, report.correct)
