@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +26,7 @@ from multilora.lora import AdapterTensors
 from multilora.prompt import PromptFormat
 from multilora.spec import BaseSpec, Part, alpha_divisor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARD, CONFIG, WEIGHTS = "task_card.json", "adapter_config.json", "adapter_model.safetensors"
 PEFT_TASK_TYPE: dict[Family, str] = {"seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM", "encoder": "FEATURE_EXTRACTION"}
 PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ class Canary(Part):
     columns: dict[str, str]
     """Input columns."""
     scores: list[float]
-    """Label scores in label order."""
+    """Label scores in label order, before the temperature."""
 
 
 class TaskCard(Part):
@@ -76,6 +76,8 @@ class TaskCard(Part):
     """Modules that the adapter changes."""
     canaries: list[Canary]
     """Reference answers for binding."""
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    """Divides the scores before the softmax; fitted on the select split, so that probabilities mean what they say."""
     spec_hash: str
     """Hash of the spec that trained it."""
     data_fingerprint: str
@@ -87,6 +89,13 @@ class TaskCard(Part):
         return PromptFormat(
             self.family, self.instruction, self.text_column, tuple(self.labels), self.max_length_tokens
         )
+
+
+class _CardHead(BaseModel):
+    """What every format of the card has."""
+
+    format_version: int
+    task: str
 
 
 @dataclass(frozen=True)
@@ -134,20 +143,28 @@ def read_artifact(folder: Path, digest: str | None = None) -> AdapterArtifact:
     missing = [name for name in (CARD, CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise AdapterError(f"adapter folder {folder.name} lacks {', '.join(missing)}")
-    try:
-        card = TaskCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{CARD} of adapter folder {folder.name} is broken: {error}") from error
-    if card.format_version != FORMAT_VERSION:
-        raise AdapterError(
-            f"adapter of task {card.task} has card format {card.format_version}, this version reads {FORMAT_VERSION}"
-        )
+    card = _read_card(folder)
     seen = _digest(folder)
     if digest is not None and seen != digest:
         raise AdapterError(
             f"adapter of task {card.task} has digest {seen[:12]}, its registry entry says {digest[:12]}: files changed"
         )
     return AdapterArtifact(folder, card, seen)
+
+
+def _read_card(folder: Path) -> TaskCard:
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        head = _CardHead.model_validate_json(text)
+        # Another format has other fields, which must not read as a broken card.
+        if head.format_version == FORMAT_VERSION:
+            return TaskCard.model_validate_json(text)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{CARD} of adapter folder {folder.name} is broken: {error}") from error
+    raise AdapterError(
+        f"adapter of task {head.task} has card format {head.format_version}, this version reads {FORMAT_VERSION}: "
+        f"train it again with `orchestrator submit --force`"
+    )
 
 
 def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:

@@ -73,6 +73,11 @@ class AdapterRun:
     losses: list[float] = field(default_factory=list)
 
     @property
+    def select_gold(self) -> list[int]:
+        """Label index of every select example."""
+        return [self.labels.names.index(example.label) for example in self.member.select]
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps in one epoch."""
         return num_steps_per_epoch(len(self.train_ids), self.member.spec.train.batch_size)

@@ -334,6 +334,7 @@ class Controller:
         for system, report in work.reports.items():
             name = f"gate/{metric}" if system == work.version.key else f"gate/{system.replace('@', '-v')}_{metric}"
             points.append((name, report.value(metric), 0, now))
+        points += [(f"gate/{name}", error, 0, now) for name, error in work.reports[work.version.key].calibration_errors.items()]
         self._registry.log_metrics(work.run.run_id, points)
         self._registry.log_texts(work.run.run_id, {"gate_answers.json": work.reports[work.version.key].to_json()})
 

@@ -16,9 +16,10 @@ from multilora.artifact import read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
 from multilora.spec import BaseSpec
+from orchestrator.calibration import expected_calibration_error
 from orchestrator.dataset import Example
 from orchestrator.metrics import METRICS
-from serve.engine import Answer, Engine, Work
+from serve.engine import Answer, Engine, Work, softmax
 
 NUM_SLOTS = 16
 
@@ -46,6 +47,8 @@ class EvalReport:
     gate_fingerprint: str
     labels: tuple[str, ...]
     answers: tuple[Graded, ...]
+    temperature: float = 1.0
+    """What the probabilities were computed with."""
 
     @property
     def correct(self) -> list[bool]:
@@ -55,6 +58,17 @@ class EvalReport:
     def value(self, metric: str) -> float:
         """The named metric."""
         return METRICS[metric]([g.gold for g in self.answers], [g.answer for g in self.answers])
+
+    @property
+    def calibration_errors(self) -> dict[str, float]:
+        """Expected calibration error with the temperature (`ece`) and without; empty for a system without scores."""
+        if not all(graded.scores for graded in self.answers):
+            return {}
+        temperatures = {"ece": self.temperature, "ece_uncalibrated": 1.0}
+        return {
+            name: expected_calibration_error([max(softmax(g.scores, temperature)) for g in self.answers], self.correct)
+            for name, temperature in temperatures.items()
+        }
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -147,7 +161,7 @@ def _graded(item: EvalItem, system: str, digest: str, text_column: str, answers:
         Graded(example.id, example.columns[text_column], example.label, answer.label, max(answer.probabilities), answer.scores)
         for example, answer in zip(item.gate, answers, strict=True)
     )
-    return EvalReport(item.task, system, digest, item.gate_fingerprint, answers[0].labels, rows)
+    return EvalReport(item.task, system, digest, item.gate_fingerprint, answers[0].labels, rows, answers[0].temperature)
 
 
 def _majority(item: EvalItem) -> list[str]:

@@ -140,6 +140,7 @@ def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
         "candidate_result": _result(candidate, outcome.metric) if candidate else None,
         "reference_result": _result(reference, outcome.metric) if reference else None,
         "baselines": [_result(report, outcome.metric) for report in outcome.baselines] if candidate else [],
+        "calibration": _calibration(candidate) if candidate else None,
         "labels": _labels(candidate, reference) if candidate and reference else [],
         "flips": flips[:max_flips],
         "num_flips_hidden": max(len(flips) - max_flips, 0),
@@ -190,6 +191,11 @@ def _result(report: EvalReport, metric: str) -> dict[str, Any]:
         "accuracy": num_correct / len(report.answers),
         "accuracy_interval": list(wilson(num_correct, len(report.answers))),
     }
+
+
+def _calibration(report: EvalReport) -> dict[str, float] | None:
+    errors = report.calibration_errors
+    return {"temperature": report.temperature, **errors} if errors else None
 
 
 def _flips(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from multilora.spec import spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
 from orchestrator.batching import batch_indices, dropout_key
+from orchestrator.calibration import fit_temperature
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.metrics import METRICS
 
@@ -141,16 +142,13 @@ class GroupTrainer:
             save_state(run, self.slots)
 
     def export_adapter(self, run: AdapterRun) -> AdapterArtifact:
-        """Write the best epoch's adapter with its card and canaries."""
+        """Write the best epoch's adapter with its card, canaries and temperature."""
         spec = run.member.spec
         if run.best_P is not None:
             with torch.no_grad():
                 self.slots.flat_SP[run.slot] = run.best_P
         chosen = range(0, len(run.select_ids), max(1, len(run.select_ids) // NUM_CANARIES))[:NUM_CANARIES]
-        scores = self._score(run, [run.select_ids[i] for i in chosen])
-        canaries = [
-            Canary(columns=run.member.select[i].columns, scores=score.tolist()) for i, score in zip(chosen, scores, strict=True)
-        ]
+        scores = [score.tolist() for score in self._score(run, run.select_ids)]
         card = TaskCard(
             format_version=FORMAT_VERSION,
             task=spec.name,
@@ -162,7 +160,8 @@ class GroupTrainer:
             scaling=spec.lora.scaling,
             rslora=spec.lora.rslora,
             num_modules=len(run.module_names),
-            canaries=canaries,
+            canaries=[Canary(columns=run.member.select[i].columns, scores=scores[i]) for i in chosen],
+            temperature=fit_temperature(scores, run.select_gold),
             spec_hash=spec_hash(spec),
             data_fingerprint=run.member.data_fingerprint,
             **card_fields(run.prompt_format),
@@ -230,9 +229,8 @@ class GroupTrainer:
     def _end_epoch(self, run: AdapterRun) -> None:
         epoch = run.step // run.steps_per_epoch
         scores = self._score(run, run.select_ids)
-        gold = [run.labels.names.index(example.label) for example in run.member.select]
         answers = [run.labels.names[int(score.argmax())] for score in scores]
-        select_loss = -sum(float(s.log_softmax(-1)[g]) for s, g in zip(scores, gold, strict=True)) / len(gold)
+        select_loss = -sum(float(s.log_softmax(-1)[g]) for s, g in zip(scores, run.select_gold, strict=True)) / len(scores)
         if not math.isfinite(select_loss):
             self._fail(run, NOT_FINITE)
             return

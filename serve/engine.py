@@ -47,13 +47,20 @@ class Answer:
     labels: tuple[str, ...]
     scores: tuple[float, ...]
     is_truncated: bool
+    temperature: float = 1.0
+    """The adapter's; the base alone has 1."""
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Softmax of the scores."""
-        top = max(self.scores)
-        weights = [math.exp(score - top) for score in self.scores]
-        return tuple(weight / sum(weights) for weight in weights)
+        """Calibrated probabilities."""
+        return softmax(self.scores, self.temperature)
+
+
+def softmax(scores: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """Turn label scores into probabilities."""
+    top = max(scores)
+    weights = [math.exp((score - top) / temperature) for score in scores]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class Engine:
                 chosen = [(works[index], bound_of[works[index].key].labels) for index in indices]
                 rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
                 for index, (work, labels), scores in zip(indices, chosen, self._scores(rows), strict=True):
-                    answers[index] = _answer(work.key, labels, scores, work.prompt)
+                    answers[index] = _answer(work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature)
         return [answers[index] for index in range(len(works))]
 
     def classify_zero_shot(self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]]) -> list[Answer]:
@@ -155,7 +162,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             labels = encode_labels(self.base, self._slots, prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
-        return [_answer("the base", labels, score, prompt) for score, prompt in zip(scores, prompts, strict=True)]
+        return [_answer("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
 
     def bound(self, key: str) -> BoundAdapter:
         """The adapter of a key. Raises UnknownTaskError."""
@@ -227,11 +234,11 @@ def _num_tokens(family: Family, row: ScoringRow) -> int:
     return len(row.token_ids) + (0 if family == "encoder" else row.labels.tree.num_nodes)
 
 
-def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt) -> Answer:
+def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt, temperature: float) -> Answer:
     if not all(map(math.isfinite, scores)):
         raise AdapterError(f"{name} gives its labels scores that are no numbers")
     # index() takes the first of equal scores, so ties go to the label that the spec lists first.
-    return Answer(labels.names[scores.index(max(scores))], labels.names, tuple(scores), prompt.is_truncated)
+    return Answer(labels.names[scores.index(max(scores))], labels.names, tuple(scores), prompt.is_truncated, temperature)
 
 
 def _distance(first: Sequence[float], second: Sequence[float]) -> float:

@@ -30,7 +30,7 @@ class ClassifyResult(Body):
     label: str
     """The most probable label; never anything outside the task's label set."""
     probabilities: dict[str, float]
-    """Probability of every label."""
+    """Probability of every label, calibrated on the task's select examples."""
     is_truncated: bool
     """True where the input was longer than the task's max_length and its end was not read."""
 

@@ -12,9 +12,9 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_model target_modules routing lora "
     "artifact answer_tree scoring registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
-    "orchestrator": "config metrics batching schedule dataset plan prepare state judge adapter_run gradient_checkpointing "
-    "trainer worker evaluate report_page report cluster background services status deploy work controller api progress cli "
-    "__main__",
+    "orchestrator": "config metrics calibration batching schedule dataset plan prepare state judge adapter_run "
+    "gradient_checkpointing trainer worker evaluate report_page report cluster background services status deploy work controller "
+    "api progress cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrator.evaluate": ("serve.engine",)}
@@ -22,7 +22,8 @@ LIGHT = """multilora.errors multilora.log multilora.spec multilora.spec_files mu
     multilora.base_files serve.config serve.schema serve.router serve.slots serve.batcher
     orchestrator.config orchestrator.dataset orchestrator.plan
     orchestrator.prepare orchestrator.report_page orchestrator.services orchestrator.state
-    orchestrator.judge orchestrator.metrics orchestrator.batching orchestrator.schedule orchestrator.cli"""
+    orchestrator.judge orchestrator.metrics orchestrator.calibration orchestrator.batching orchestrator.schedule
+    orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):

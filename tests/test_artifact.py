@@ -4,6 +4,7 @@ float32 results of PEFT and of the slots may differ by 1e-4.
 """
 
 import json
+import math
 import shutil
 
 import pytest
@@ -47,7 +48,7 @@ def card_of(base, tensors, **changes):
         "format_version": FORMAT_VERSION, "task": "spam", "description": "", "base": base.spec,
         "base_fingerprint": base.files.fingerprint, "scorer_version": SCORER_VERSION, "rank": RANK, "scaling": SCALING,
         "num_modules": len(tensors), "canaries": [Canary(columns={"text": "hi"}, scores=[0.5, -1.25e-7, 3.0])],
-        "spec_hash": "abc", "data_fingerprint": "def", **card_fields(prompt_format(base.family)),
+        "temperature": 1.37, "spec_hash": "abc", "data_fingerprint": "def", **card_fields(prompt_format(base.family)),
     }  # fmt: skip
     return TaskCard(**{**fields, **changes})
 
@@ -268,8 +269,15 @@ BROKEN_WHEN_OPENED = {
     "card has another field": (change_json(CARD, lables=[]), "is broken: (?s:.*)lables(?s:.*)not permitted"),
     "card of the future": (
         change_json(CARD, format_version=99),
-        f"task spam has card format 99, this version reads {FORMAT_VERSION}",
+        f"task spam has card format 99, this version reads {FORMAT_VERSION}: train it again with `orchestrator submit --force`",
     ),
+    "card of the past": (
+        change_json(CARD, format_version=1, temperature="REMOVED"),
+        f"task spam has card format 1, this version reads {FORMAT_VERSION}: train it again",
+    ),
+    "card without a temperature": (change_json(CARD, temperature="REMOVED"), "is broken: (?s:.*)temperature(?s:.*)required"),
+    "temperature of nothing": (change_json(CARD, temperature=0), "is broken: (?s:.*)temperature(?s:.*)greater than 0"),
+    "temperature without end": (change_json(CARD, temperature=math.inf), "is broken: (?s:.*)temperature"),
 }
 
 BROKEN_WHEN_READ = {

@@ -4,8 +4,10 @@ The registry is a fake that forgets nothing; training and evaluation, which need
 """
 
 import json
+import math
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ class FakeRegistry:
     """Keeps runs, versions and aliases; ends the process right after write number `kill_at`."""
 
     def __init__(self):
-        self.runs, self.versions, self.aliases = {}, {}, {}
+        self.runs, self.versions, self.aliases, self.metrics = {}, {}, {}, {}
         self.num_writes, self.kill_at = 0, None
 
     def _written(self):
@@ -56,7 +58,7 @@ class FakeRegistry:
         self._written()
 
     def log_metrics(self, run_id, points):
-        pass
+        self.metrics |= {name: value for name, value, _, _ in points}
 
     def log_texts(self, run_id, texts):
         pass
@@ -220,6 +222,22 @@ def test_events_that_a_restarted_worker_sends_again_change_nothing(task, adapter
     controller._handle(submission.train(), {task.run_key: work})
     assert (work.status, work.error) == (Status.REGISTERED, "")
     assert registry.state() == state
+
+
+def test_calibration_errors_are_logged_beside_the_gates_metric(task, adapter_dir, tmp_path):
+    registry = registry_with(champion=False)
+    submission = Submission(task, adapter_dir, tmp_path / "work", registry, {})
+    controller = Controller(submission.config, registry, lambda update: None)
+    work = controller.observe(task)
+    controller.start_run(work)
+    controller._handle(submission.train(), {task.run_key: work})
+    # Confidence 0.9 at temperature 1 and 0.75 at temperature 2, always right.
+    rows = tuple(Graded(e.id, "", e.label, e.label, 0.75, (math.log(9), 0.0)) for e in task.dataset.gate)
+    candidate = EvalReport("mood", work.version.key, "", "gate", ("yes", "no"), rows, temperature=2.0)
+    work.reports = {work.version.key: candidate, "zero-shot": replace(candidate, system="zero-shot", temperature=1.0)}
+    controller._log_evaluation(work)
+    expected = {"gate/accuracy": 1.0, "gate/zero-shot_accuracy": 1.0, "gate/ece": 0.25, "gate/ece_uncalibrated": 0.1}
+    assert registry.metrics == pytest.approx(expected)
 
 
 def test_a_failure_that_a_restarted_worker_reports_again_is_one_failure(task, adapter_dir, tmp_path):

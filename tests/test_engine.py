@@ -26,7 +26,7 @@ from multilora.base_model import load_base
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.prompt import encode_prompt, label_wordings
 from multilora.spec import BaseSpec
-from serve.engine import Engine, Work
+from serve.engine import Engine, Work, softmax
 
 AUTO_CLASS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "causal": AutoModelForCausalLM}
 TASKS = (CARDS, MOOD, MAIL)
@@ -65,7 +65,7 @@ def assert_same(answers, others, tolerance=TOLERANCE):
         assert answer.probabilities == pytest.approx(other.probabilities, abs=tolerance)
 
 
-def plain_probabilities(base, model, task, text):
+def plain_probabilities(base, model, task, text, temperature):
     """The same labels scored by plain forward passes, one label at a time, without our layer and without padding.
 
     `model` is a PeftModel, or the base itself.
@@ -87,7 +87,7 @@ def plain_probabilities(base, model, task, text):
             else:
                 logits_TV = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             scores.append(logits_TV.log_softmax(-1)[range(len(answer)), answer].sum().item())
-    return torch.tensor(scores).softmax(0).tolist()
+    return (torch.tensor(scores) / temperature).softmax(0).tolist()
 
 
 def plain_peft(folder, family, artifact):
@@ -104,8 +104,12 @@ def oracle(request, tiny_adapter, fresh_base, base_folder):
     plain = fresh_base(family)
     models = [plain_peft(base_folder(family), family, tiny_adapter(family, task, seed)) for seed, task in enumerate(TASKS)]
     adapted, base_alone = (
-        [plain_probabilities(plain, model, task, text) for text in TEXTS for model, task in zip(chosen, TASKS, strict=True)]
-        for chosen in (models, [plain.model] * len(TASKS))
+        [
+            plain_probabilities(plain, model, task, text, task.temperature if is_adapted else 1.0)
+            for text in TEXTS
+            for model, task in zip(chosen, TASKS, strict=True)
+        ]
+        for chosen, is_adapted in ((models, True), ([plain.model] * len(TASKS), False))
     )
     farthest = max(abs(a - b) for one, other in zip(adapted, base_alone, strict=True) for a, b in zip(one, other, strict=True))
     assert farthest > 0.1, "the adapters must change the base, or these tests prove nothing"
@@ -130,6 +134,23 @@ def test_zero_shot_is_the_base_whatever_is_bound(bound, oracle):
         answers = engine.classify_zero_shot(tiny_prompt_format(task, family), [item_of(task, text) for text in TEXTS])
         for answer, probabilities in zip(answers, expected[number :: len(TASKS)], strict=True):
             assert list(answer.probabilities) == pytest.approx(probabilities, abs=TOLERANCE)
+
+
+def test_probabilities_are_the_softmax_of_scores_over_the_cards_temperature(bound, family):
+    engine, keys = bound(family)
+    answers = engine.classify(works_of(engine, keys))
+    assert {answer.temperature for answer in answers} == {1.0, 0.5, 2.0}
+    for answer, task in zip(answers, TASKS * len(TEXTS), strict=True):
+        expected = (torch.tensor(answer.scores, dtype=torch.float64) / task.temperature).softmax(0).tolist()
+        assert list(answer.probabilities) == pytest.approx(expected, rel=1e-9)
+        assert answer.label == answer.labels[answer.scores.index(max(answer.scores))]
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+def test_softmax_stays_a_distribution_and_keeps_the_order(temperature):
+    probabilities = softmax((-900.0, 3.0, 2.5, 700.0), temperature)
+    assert math.fsum(probabilities) == pytest.approx(1.0)
+    assert probabilities[0] <= probabilities[2] <= probabilities[1] <= probabilities[3]
 
 
 def test_eviction_and_reload_do_not_change_an_answer(bound, family):

@@ -78,7 +78,7 @@ def test_a_step_stores_less(family, fresh_base, random_adapter):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             training.step()
         kept.append(sum(sizes.values()))
-    assert kept[1] < 0.5 * kept[0]
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_routing_of_the_backward_pass_is_that_of_the_forward_pass(fresh_base, random_adapter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -321,6 +322,24 @@ def test_an_unchanged_task_may_bring_its_numbers(tmp_path: Path) -> None:
     assert report["outcome"] == Outcome.CLEAR
     assert "66.7 %" in render(report, tmp_path).text
     assert summary_rows(report)[0].candidate == "66.7 % (mood@1)"
+
+
+def test_calibration_errors_with_and_without_the_temperature(tmp_path: Path) -> None:
+    # Confidence 0.9 with scores (ln 9, 0) at temperature 1; 0.75 at temperature 2, which is what 3 of 4 right deserve.
+    wrong, right = ("b", 0.75, (0.0, math.log(9))), ("a", 0.75, (math.log(9), 0.0))
+    rows = [Graded(f"id-{i}", "text", "a", *answer) for i, answer in enumerate([wrong, right, right, right])]
+    answers = EvalReport("mood", "mood@1", "digest", "gate-1", ("a", "b"), tuple(rows), temperature=2.0)
+    assert EvalReport.from_json(answers.to_json()) == answers
+    assert answers.calibration_errors == pytest.approx({"ece": 0.0, "ece_uncalibrated": 0.15})
+    outcome = TaskOutcome("mood", "", "unchanged", "accuracy", 0.5, 0.02, "mood@1", "mood@1", candidate_report=answers)
+    report = build(outcome, same())
+    by_task = {task["task"]: task["calibration"] for task in report["tasks"]}
+    assert by_task["mood"] == pytest.approx({"temperature": 2.0, "ece": 0.0, "ece_uncalibrated": 0.15})
+    assert by_task["same"] is None  # answers without scores
+    text = " ".join(render(report, tmp_path).text.split())
+    assert text.count("Calibration of") == 1
+    assert "Calibration of mood@1: its confidence is off by 0.0 % on average (expected calibration error) with" in text
+    assert "the temperature 2.00 that was fitted on the select split; by 15.0 % without." in text
 
 
 def test_two_hundred_tasks_stay_small(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import ScoringRow, answer_losses, encode_labels
 from multilora.spec import ResourceSpec, TaskSpec, spec_hash
 from orchestrator.batching import batch_indices
+from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.trainer import GroupTrainer, Member
 from serve.engine import Engine, Work
@@ -107,6 +108,9 @@ class Trained:
     def losses(self, task):
         return losses_in(self.events, task)
 
+    def temperature(self, task):
+        return read_artifact(self.folders[task]).card.temperature
+
     def weights(self, task):
         pairs = read_tensors(read_artifact(self.folders[task]))
         return {f"{name} {half}": tensor for name, pair in pairs.items() for half, tensor in zip("AB", pair, strict=True)}
@@ -156,6 +160,7 @@ def test_group_training_equals_solo_training(family, num_slots, solo, fresh_base
     for task, alone in solo(family).items():
         assert_same_losses(group.losses(task), alone.losses(task))
         assert_same_weights(group.weights(task), alone.weights(task))
+        assert group.temperature(task) == pytest.approx(alone.temperature(task), rel=1e-3)
 
 
 def test_the_four_members_are_trained_and_differ(family, solo):
@@ -366,6 +371,11 @@ def test_an_exported_adapter_answers_in_the_engine_as_its_card_says(family, dtyp
         assert card.scaling == member.spec.lora.scaling
         assert [canary.columns for canary in card.canaries] == [example.columns for example in member.select[:4]]
         key = engine.bind(artifact, version=1)
+        selected = engine.classify([Work(key, engine.prompt(key, example.columns)) for example in member.select])
+        gold = [answer.labels.index(example.label) for answer, example in zip(selected, member.select, strict=True)]
+        fitted = fit_temperature([answer.scores for answer in selected], gold)
+        assert card.temperature == pytest.approx(fitted, rel=1e-3 if dtype == "float32" else 0.1)
+        assert {answer.temperature for answer in selected} == {card.temperature}
         answers = engine.classify([Work(key, engine.prompt(key, canary.columns)) for canary in card.canaries])
         for answer, canary in zip(answers, card.canaries, strict=True):
             assert answer.scores == pytest.approx(canary.scores, abs=1e-4 if dtype == "float32" else 0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from multilora.artifact import AdapterArtifact, Canary, TaskCard, card_fields, write_artifact
+from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, write_artifact
 from multilora.base_model import FrozenBase
 from multilora.lora import AdapterSlots, AdapterTensors
 from multilora.prompt import PromptFormat, encode_prompt
@@ -27,10 +27,18 @@ class TinyTask:
     text_column: str = "text"
     rank: int = 4
     scaling: float = 2.0
+    temperature: float = 1.0
 
 
 CARDS = TinyTask("cards", (("card lost", "the card is gone"), ("card late", ""), ("rate", "asks for an exchange rate")))
-MOOD = TinyTask("mood", (("glad", ""), ("angry", "")), instruction="Say the mood of: {text}\n{labels}", rank=2, scaling=1.0)
+MOOD = TinyTask(
+    "mood",
+    (("glad", ""), ("angry", "")),
+    instruction="Say the mood of: {text}\n{labels}",
+    rank=2,
+    scaling=1.0,
+    temperature=0.5,
+)
 MAIL = TinyTask(
     "mail",
     (("spam", "unwanted advertising"), ("work", ""), ("family", ""), ("other", "none of these")),
@@ -38,6 +46,7 @@ MAIL = TinyTask(
     text_column="body",
     rank=8,
     scaling=0.5,
+    temperature=2.0,
 )
 
 
@@ -62,7 +71,7 @@ def write_tiny_adapter(
     prompts = [encode_prompt(prompt_format, item, base.tokenizer) for item in columns]
     scores = score_labels(base, slots, [ScoringRow(prompt.token_ids, 0, labels) for prompt in prompts])
     card = TaskCard(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         task=task.name,
         description="a tiny task",
         base=base.spec,
@@ -72,6 +81,7 @@ def write_tiny_adapter(
         scaling=task.scaling,
         num_modules=len(tensors),
         canaries=[Canary(columns=item, scores=row.tolist()) for item, row in zip(columns, scores, strict=True)],
+        temperature=task.temperature,
         spec_hash="0" * 16,
         data_fingerprint="0" * 64,
         **card_fields(prompt_format),

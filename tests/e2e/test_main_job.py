@@ -74,7 +74,7 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
 
 
 def _plain_peft(adapter: Path, spec_file: Path, texts: list[str]) -> list[list[float]]:
-    """Label probabilities by transformers and PEFT alone, one text at a time."""
+    """Label probabilities by transformers, PEFT and the card's temperature alone, one text at a time."""
     spec = yaml.safe_load(spec_file.read_text(encoding="utf-8"))
     folder = find_base(BaseSpec(**spec["base"])).folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -87,7 +87,8 @@ def _plain_peft(adapter: Path, spec_file: Path, texts: list[str]) -> list[list[f
     base = transformers.AutoModel.from_pretrained(folder).eval()
     labels = torch.stack([pooled(base, f"{name}: {meaning}") for name, meaning in spec["labels"].items()])
     model = peft.PeftModel.from_pretrained(base, adapter).eval()
-    return [torch.softmax(20 * labels @ pooled(model, text), dim=-1).tolist() for text in texts]
+    temperature = json.loads((adapter / "task_card.json").read_text(encoding="utf-8"))["temperature"]
+    return [torch.softmax(20 * labels @ pooled(model, text) / temperature, dim=-1).tolist() for text in texts]
 
 
 def _with_rotated_train_labels(folder: Path, spec_file: Path) -> Path:
