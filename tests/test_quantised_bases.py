@@ -189,7 +189,7 @@ def test_a_real_encoder_stays_close_to_float32():
         return nn.functional.normalize((base.model(**inputs).last_hidden_state * mask_BT1).sum(1), dim=1)
 
     expected_BH = vectors(load_base(BaseSpec(model=MINILM), "cpu"), SENTENCES)
-    for quantization, least in (("8bit", 0.995), ("4bit", 0.93)):
+    for quantization, least in (("8bit", 0.995), ("4bit", 0.9)):
         base = load_base(BaseSpec(model=MINILM, quantization=quantization), "cpu")
         seen_BH = vectors(base, SENTENCES)
         assert (seen_BH * expected_BH).sum(1).min() > least
