@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -23,6 +23,9 @@ Family = Literal["seq2seq", "causal", "encoder"]
 HUB_PATTERNS = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
                 "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model"]  # fmt: skip
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+POSITIONS_AFTER_PADDING = ("camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
+                           "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
+"""Model types that count positions from the padding token's id + 1; the positions before are never used."""
 DECISIVE = re.compile(r"(config\.json|.*\.safetensors|tokenizer\.json|tokenizer_config\.json|spiece\.model|vocab\..*)$")
 
 
@@ -54,6 +57,8 @@ class BaseFiles:
     num_layers: int
     hidden_size: int
     num_weight_bytes: int
+    max_positions: int | None
+    """Longest input in tokens that the base has positions for, or was trained on; None where positions are relative (T5)."""
 
 
 def find_base(spec: BaseSpec) -> BaseFiles:
@@ -79,6 +84,7 @@ def find_base(spec: BaseSpec) -> BaseFiles:
         num_layers=int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 1),
         hidden_size=int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 1),
         num_weight_bytes=sum(file.stat().st_size for file in weights),
+        max_positions=_max_positions(config),
     )
 
 
@@ -105,6 +111,16 @@ def _family(config: dict[str, object]) -> Family:
     if config.get("is_encoder_decoder"):
         return "seq2seq"
     return "causal" if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures) else "encoder"
+
+
+def _max_positions(config: dict[str, Any]) -> int | None:
+    # T5's files name an n_positions, but its positions are relative.
+    is_relative = config.get("model_type") in ("t5", "mt5", "umt5")
+    num_positions = None if is_relative else config.get("max_position_embeddings") or config.get("n_positions")
+    if num_positions is None:
+        return None
+    num_skipped = int(config.get("pad_token_id", 1)) + 1 if config.get("model_type") in POSITIONS_AFTER_PADDING else 0
+    return int(num_positions) - num_skipped
 
 
 def _fingerprint(folder: Path, spec: BaseSpec) -> str:

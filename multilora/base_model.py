@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from multilora.base_files import BaseFiles, Family, find_base
+from multilora.base_layers import make_layers_alike
 from multilora.errors import AdapterError, SpecError
 from multilora.spec import BaseSpec
 
@@ -73,6 +74,7 @@ def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
         raise SpecError(f"base {spec.model} lacks {len(missing)} weights such as {missing[0]}; save or download it again")
     if spec.quantization == "none":
         model.to(chosen)
+    make_layers_alike(model)
     model.requires_grad_(False)
     # Dropout inside the base would make an adapter's gradient depend on a random stream that tasks share.
     model.eval()

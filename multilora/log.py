@@ -16,8 +16,6 @@ def setup_logging(level: str | None = None) -> None:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for noisy in ("transformers", "bitsandbytes", "datasets", "httpx", "mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # bitsandbytes warns on every int8 layer that CPU inputs are cast; that is what the user asked for.
-    warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     # Adapter gradients are views into one flat matrix on purpose; autograd would prefer them dense.
     warnings.filterwarnings("ignore", message=".*gradient layout contract.*")

@@ -96,6 +96,7 @@ def encode_prompt(prompt_format: PromptFormat, columns: Mapping[str, str], token
         # Tokens at the cut may merge differently with what follows, so the loop measures again instead of trusting the count.
         num_shown = max(1, prompt_format.instruction.count(f"{{{longest}}}"))
         num_kept = max(0, len(spans[longest]) - max(1, (len(token_ids) - limit) // num_shown))
-        columns[longest] = columns[longest][: spans[longest][num_kept][0]]
+        # Byte-level tokenizers give a lone space an empty span at its end: cutting there would cut nothing, for ever.
+        columns[longest] = columns[longest][: min(spans[longest][num_kept][0], len(columns[longest]) - 1)]
         token_ids = tokenizer(prompt_format.render(columns))["input_ids"]
     return Prompt(tuple(token_ids), is_truncated)

@@ -65,15 +65,19 @@ class ScoringRow:
 
 
 def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFormat) -> LabelSet:
-    """Prepare a task's labels for `score_labels`. Raises AdapterError where two labels become the same to this base."""
+    """Prepare a task's labels for `score_labels`. Raises AdapterError for labels that this base cannot tell apart or read."""
     names = tuple(label for label, _ in prompt_format.labels)
-    space = " " if base.family == "causal" else ""
     if base.family == "encoder":
         token_ids = tuple(tuple(base.tokenizer(text)["input_ids"]) for text in label_wordings(prompt_format.labels))
     else:
-        token_ids = tuple(_answer_ids(base.tokenizer, space + name) for name in names)
+        token_ids = tuple(_answer_ids(base, name) for name in names)
     if len(set(token_ids)) < len(names):
         raise AdapterError(f"two of the labels {', '.join(names)} are the same tokens to base {base.spec.model}; reword one")
+    # A position that the base does not have would end the whole batch, and on a GPU the process.
+    num_positions = max(map(len, token_ids)) + (prompt_format.max_length_tokens if base.family == "causal" else 0)
+    if base.files.max_positions and num_positions > base.files.max_positions:
+        rule = f"the longest label needs {num_positions} tokens, base {base.spec.model} takes at most {base.files.max_positions}"
+        raise AdapterError(f"{rule}; shorten the label" + (" or train.max_length" if base.family == "causal" else ""))
     if base.family == "encoder":
         with torch.no_grad():
             vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
@@ -219,6 +223,7 @@ def _padded(
     """Pad to a multiple of some positions (few distinct shapes keep memory flat); ids and mask [B, T]."""
     token_lists = [list(row) for row in token_rows]
     width = -(-max(map(len, token_lists)) // multiple) * multiple
+    width = min(width, base.files.max_positions or width)
     ids_BT = torch.full((len(token_lists), width), base.pad_id, dtype=torch.long)
     mask_BT = torch.zeros((len(token_lists), width), dtype=torch.long)
     for index, ids in enumerate(token_lists):
@@ -228,6 +233,9 @@ def _padded(
     return ids_BT.to(base.device), mask_BT.to(base.device)
 
 
-def _answer_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return (*ids, int(tokenizer.eos_token_id))
+def _answer_ids(base: FrozenBase, name: str) -> tuple[int, ...]:
+    """Tokenise an answer as the base's own training did: seq2seq with its special tokens (BART begins with <s>)."""
+    is_causal = base.family == "causal"
+    ids = tuple(base.tokenizer(" " + name if is_causal else name, add_special_tokens=not is_causal)["input_ids"])
+    end = int(base.tokenizer.eos_token_id)
+    return ids if ids[-1:] == (end,) else (*ids, end)

@@ -46,7 +46,7 @@ class BaseSpec(Part):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the base's weights and activations; float16 is not offered because T5 overflows in it."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Store the base's linear layers in 8-bit (LLM.int8) or 4-bit (nf4, double quantisation) through bitsandbytes."""
+    """Store the base's linear layers in 8-bit (LLM.int8's weights) or 4-bit (nf4, double quantisation) by bitsandbytes."""
 
 
 class HubSource(Part):
@@ -143,7 +143,7 @@ class TrainSpec(Part):
     batch_size: int = Field(default=16, ge=1, le=4096)
     """Examples per optimiser step of this adapter."""
     max_length: int = Field(default=128, ge=8, le=32768)
-    """Longest prompt in tokens; longer inputs lose their end, never the instruction or the labels."""
+    """Longest prompt in tokens, at most the base's positions; longer inputs lose their end, never instruction or labels."""
     max_examples: int | None = Field(default=None, ge=2)
     """Use at most this many training examples (stratified by label); omit to use all."""
     seed: int = Field(default=0, ge=0)

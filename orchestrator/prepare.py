@@ -83,6 +83,11 @@ def prepare(specs: Sequence[TaskSpec]) -> tuple[list[PreparedTask], list[Problem
         if isinstance(files, tuple):
             problems += [replace(problem, where=spec.name) for problem in files]
             continue
+        if files.max_positions and spec.train.max_length > files.max_positions:
+            rule = f"base {spec.base.model} takes at most {files.max_positions} tokens"
+            fix = f"set it to {files.max_positions} or less" + (", with room for the answer" if files.family == "causal" else "")
+            problems.append(Problem(spec.name, "train.max_length", str(spec.train.max_length), rule, fix))
+            continue
         try:
             dataset = build_dataset(spec)
         except DataError as error:

@@ -38,6 +38,22 @@ def test_facts_of_a_base_are_read_from_its_files(base_folder, fresh_base, kind, 
     assert files.num_weight_bytes == (base_folder(kind) / "model.safetensors").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("seq2seq", None), ("mt5", None), ("bart", 300), ("gpt2", 300), ("roberta", 300), ("encoder", 512), ("causal", 2048)],
+)
+def test_longest_input_is_read_from_the_configuration(base_folder, kind, expected):
+    # The tiny RoBERTa has 302 positions and, like the real one, never uses the first two.
+    assert find(base_folder(kind)).max_positions == expected
+
+
+def test_positions_that_t5_names_and_does_not_use_are_no_limit(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder("seq2seq"), tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}), encoding="utf-8")
+    assert find(folder).max_positions is None
+
+
 def test_weights_in_several_files_are_added_up(copied):
     before = find(copied)
     state = load_file(copied / "model.safetensors")

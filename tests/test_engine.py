@@ -475,7 +475,7 @@ REFUSALS = {
     spoil_the_last_bytes: "canary scores differ",
     zero_the_adapter: "canary scores differ",
     fill_with_nan: "canary scores differ by inf",
-    use_another_scaling_in_the_card: "differs from the card's scaling",
+    use_another_scaling_in_the_card: "differ from the card's scaling",
     use_another_scaling_everywhere: "canary scores differ",
     use_another_scorer_version: "was trained for scorer version 999, this is 1: train it again",
     use_another_base: "was trained on base .* with fingerprint ffffffffffff",

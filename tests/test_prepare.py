@@ -66,6 +66,18 @@ def test_bad_tasks_do_not_stop_the_others(raw, tmp_path):
     assert str(problems[3]).startswith("no-base: base.model: config.json of the base cannot be read: ")
 
 
+@pytest.mark.parametrize(
+    ("kind", "fix"), [("bart", "300 or less"), ("roberta", "300 or less"), ("gpt2", "300 or less, with room for the answer")]
+)
+def test_prompts_that_are_longer_than_the_base_takes_are_refused(raw, base_folder, kind, fix):
+    base = {"model": str(base_folder(kind))}
+    specs = [TaskSpec.model_validate({**raw, "base": base, "train": {"max_length": length}}) for length in (301, 300)]
+    prepared, (problem,) = prepare(specs)
+    assert [task.spec.train.max_length for task in prepared] == [300]
+    rule = f"base {base['model']} takes at most 300 tokens (got 301)"
+    assert str(problem) == f"mood: train.max_length: {rule}. Fix: set it to {fix}"
+
+
 def test_no_specs():
     assert prepare([]) == ([], [])
 

@@ -19,7 +19,7 @@ ALPHABETS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["seq2seq", "encoder", "causal", "qwen2"])
+@pytest.fixture(scope="module", params=["seq2seq", "encoder", "causal", "qwen2", "roberta"])
 def tokenizer(request, fresh_base):
     """The tokenizer of each kind of base."""
     return fresh_base(request.param).tokenizer

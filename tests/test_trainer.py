@@ -28,7 +28,8 @@ from orchestrator.dataset import Example
 from orchestrator.trainer import GroupTrainer, Member
 from serve.engine import Engine, Work
 
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+# float32 sums of batches of other shapes, amplified by a few steps of bases with large random weights.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 1e-4
 NEVER_S = 1e9
 WORDS = ["the", "client", "said", "that", "money", "time", "was", "not", "very", "good", "late", "order", "card", "help", "again"]
 SOME_MODULES = {"seq2seq": ["q", "v"], "encoder": ["query", "value"], "causal": ["q_proj", "v_proj"]}
@@ -351,11 +352,12 @@ def test_a_finished_adapter_is_not_trained_again(fresh_base, tmp_path):
     assert_same_weights(repaired.weights("single"), first.weights("single"))
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("encoder", "bfloat16")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_exported_adapter_answers_in_the_engine_as_its_card_says(family, dtype, fresh_base, tmp_path):
     base = fresh_base(family, dtype=dtype)
     members = unlike_members(tmp_path, base)[:3]
     trained = Trained(base, members)
+    assert trained.trainer.slots.flat_SP.dtype == torch.float32, "adapters train in float32 over any base"
     engine = Engine(fresh_base(family, dtype=dtype), num_slots=2, max_rank=8)
     for member in members:
         artifact = read_artifact(Path(member.adapter_dir), trained.last(member.spec.name).message)
