@@ -70,6 +70,15 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
     return LabelSet(names, None, token_ids)
 
 
+def encode_answer(base: FrozenBase, text: str, max_tokens: int) -> LabelSet:
+    """Make a free text a label set of its own, so that it is scored and trained as a label is.
+
+    A text that is longer than `max_tokens` loses its end, the end token included.
+    """
+    space = " " if base.family == "causal" else ""
+    return LabelSet((text,), None, (_answer_ids(base.tokenizer, space + text)[:max_tokens],))
+
+
 def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> list[Tensor]:
     """Score every label of every row in one mixed batch; float32 [L] per row, in the order of `rows`.
 

@@ -57,16 +57,24 @@ class AdapterRun:
     slot: int
     prompt_format: PromptFormat
     labels: LabelSet
+    """The task's labels; none for a free-text task, whose rows each have their gold answer as their only label."""
     module_names: list[str]
     optimizer: torch.optim.AdamW
     train_ids: list[tuple[int, ...]]
+    train_labels: list[LabelSet]
     train_gold: list[int]
     select_ids: list[tuple[int, ...]]
+    select_labels: list[LabelSet]
     step: int = 0
     best_epoch: int = 0
     best_result: tuple[float, float] = (-math.inf, -math.inf)
     best_P: Tensor | None = None
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether answers are written and not chosen."""
+        return not self.labels.names
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec prompt base_files base_model target_modules lora artifact scoring "
-    "registry",
+    "generate registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
     "orchestrator": "config metrics batching dataset plan prepare state judge adapter_run trainer worker evaluate "
     "report_page report cluster background services status deploy work controller api progress cli __main__",
