@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,7 +38,9 @@ class Canary(Part):
     columns: dict[str, str]
     """Input columns."""
     scores: list[float]
-    """Label scores in label order, before the temperature."""
+    """Label scores in label order, before the temperature; of a free-text task the log-likelihood of `text`."""
+    text: str | None = None
+    """What the adapter wrote; None for a classification task."""
 
 
 class TaskCard(Part):
@@ -66,6 +68,8 @@ class TaskCard(Part):
     """(label, meaning) in prompt order."""
     max_length_tokens: int
     """Longest prompt in tokens."""
+    max_new_tokens: int | None = None
+    """Token limit of a free-text task's answers; None for a classification task."""
     rank: int
     """Largest rank of a module."""
     scaling: float
@@ -82,6 +86,13 @@ class TaskCard(Part):
     """Hash of the spec that trained it."""
     data_fingerprint: str
     """Fingerprint of the examples that trained it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskCard:
+        is_text = self.max_new_tokens is not None
+        if is_text == bool(self.labels) or any((canary.text is not None) != is_text for canary in self.canaries):
+            raise ValueError("a card has either labels, or max_new_tokens and a text in every canary")
+        return self
 
     @property
     def prompt_format(self) -> PromptFormat:

@@ -74,7 +74,7 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
     if len(set(token_ids)) < len(names):
         raise AdapterError(f"two of the labels {', '.join(names)} are the same tokens to base {base.spec.model}; reword one")
     # A position that the base does not have would end the whole batch, and on a GPU the process.
-    num_positions = max(map(len, token_ids)) + (prompt_format.max_length_tokens if base.family == "causal" else 0)
+    num_positions = max(map(len, token_ids), default=0) + (prompt_format.max_length_tokens if base.family == "causal" else 0)
     if base.files.max_positions and num_positions > base.files.max_positions:
         rule = f"the longest label needs {num_positions} tokens, base {base.spec.model} takes at most {base.files.max_positions}"
         raise AdapterError(f"{rule}; shorten the label" + (" or train.max_length" if base.family == "causal" else ""))
@@ -83,6 +83,14 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
             vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
         return LabelSet(names, vectors_LH, ())
     return LabelSet(names, None, token_ids)
+
+
+def encode_answer(base: FrozenBase, text: str, max_tokens: int) -> LabelSet:
+    """Make a free text a label set of its own, so that it is scored and trained as a label is.
+
+    A text that is longer than `max_tokens` loses its end, the end token included.
+    """
+    return LabelSet((text,), None, (_answer_ids(base, text)[:max_tokens],))
 
 
 def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> list[Tensor]:

@@ -152,6 +152,13 @@ class TrainSpec(Part):
     """Stop after this many epochs without a better result on the select split; omit to train all epochs."""
 
 
+class GenerationSpec(Part):
+    """How the answers of a free-text task are written."""
+
+    max_new_tokens: int = Field(default=64, ge=1, le=4096)
+    """Most tokens of an answer, its end token included; training answers are cut there too."""
+
+
 class ResourceSpec(Part):
     """What one training worker of this task needs."""
 
@@ -175,7 +182,7 @@ class GateSpec(Part):
     """The bar that an adapter version must pass to answer in production."""
 
     metric: Literal["accuracy", "macro_f1"] = "accuracy"
-    """The number that is judged on the gate split."""
+    """The number that is judged on the gate split; a free-text answer is right if equal to gold but for case and spaces."""
     min: float = Field(default=0.0, ge=0.0, le=1.0)
     """Lowest acceptable value of the metric."""
     margin: float = Field(default=0.02, gt=0.0, lt=1.0)
@@ -201,6 +208,8 @@ class TaskSpec(Part):
     """Adapter shape."""
     train: TrainSpec = TrainSpec()
     """Training settings."""
+    generation: GenerationSpec | None = None
+    """Settings of a free-text task's answers; omit for the defaults, and for a classification task."""
     resources: ResourceSpec = ResourceSpec()
     """Hardware needs."""
     gate: GateSpec = GateSpec()
@@ -218,15 +227,24 @@ class TaskSpec(Part):
         if self.labels is None:
             if "labels" in fields:
                 raise ValueError("the instruction has {labels} but the task lists none: add labels, or take the field out")
+            if self.gate.metric != "accuracy":
+                raise ValueError(f"gate.metric {self.gate.metric} needs labels; use accuracy for a free-text task")
             return self
+        if self.generation is not None:
+            raise ValueError("generation is set, but a task with labels writes no text; remove it, or the labels")
         if len(self.labels) < 2:
             raise ValueError("a classification task needs at least two labels; omit labels for a free-text task")
         if any(label != label.strip() or not label for label in self.labels):
             raise ValueError("labels must not be empty or begin or end with a space")
-        folded = {label.casefold() for label in self.labels}
+        folded = {" ".join(label.casefold().split()) for label in self.labels}
         if len(folded) < len(self.labels):
-            raise ValueError("two labels differ only in upper and lower case; make them distinct words")
+            raise ValueError("two labels differ only in upper and lower case or in spaces; make them distinct words")
         return self
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Token limit of a free-text task's answers; None for a classification task."""
+        return (self.generation or GenerationSpec()).max_new_tokens if self.labels is None else None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -265,6 +283,8 @@ def spec_hash(spec: TaskSpec) -> str:
     decisive["columns"] = [spec.data.text, spec.data.label]
     decisive["base"] = [spec.base.dtype, spec.base.quantization]
     decisive["metric"] = spec.gate.metric  # it chooses the epoch
+    if spec.labels is None:
+        decisive["max_new_tokens"] = spec.max_new_tokens
     # Label order is part of the prompt, so keys stay in the user's order.
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 

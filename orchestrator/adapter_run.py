@@ -61,11 +61,14 @@ class AdapterRun:
     slot: int
     prompt_format: PromptFormat
     labels: LabelSet
+    """The task's labels; none for a free-text task, whose rows each have their gold answer as their only label."""
     module_names: list[str]
     optimizer: torch.optim.AdamW
     train_ids: list[tuple[int, ...]]
+    train_labels: list[LabelSet]
     train_gold: list[int]
     select_ids: list[tuple[int, ...]]
+    select_labels: list[LabelSet]
     step: int = 0
     best_epoch: int = 0
     best_result: tuple[float, float] = (-math.inf, -math.inf)
@@ -73,9 +76,9 @@ class AdapterRun:
     losses: list[float] = field(default_factory=list)
 
     @property
-    def select_gold(self) -> list[int]:
-        """Label index of every select example."""
-        return [self.labels.names.index(example.label) for example in self.member.select]
+    def is_free_text(self) -> bool:
+        """Whether answers are written and not chosen."""
+        return not self.labels.names
 
     @property
     def steps_per_epoch(self) -> int:

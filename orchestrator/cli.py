@@ -187,7 +187,7 @@ def query(
     url: Annotated[str | None, typer.Option("--url", help="Endpoint; default: the one this workspace started.")] = None,
     workspace: Workspace = None,
 ) -> None:
-    """Ask the running endpoint for a task's label of each text."""
+    """Ask the running endpoint for a task's answer to each text."""
     from orchestrator import services
 
     with _errors():
@@ -196,6 +196,9 @@ def query(
         _print_json(answer)
         return
     for text, result in zip(texts, answer["results"], strict=True):
+        if "text" in result:
+            print(f"{result['text']}\t({task}@{answer['version']})\t{text}")
+            continue
         ranked = sorted(result["probabilities"].items(), key=lambda pair: -pair[1])
         shown = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[:3])
         print(f"{result['label']}\t({shown}; {task}@{answer['version']})\t{text}")

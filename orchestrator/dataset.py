@@ -64,12 +64,13 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
     _check_overlap(spec, rows)
     train = rows["train"]
     if "gate" not in rows:
-        rows["gate"], train = _cut_off(train, min(GATE_SHARE, GATE_MOST / len(train)), spec.train.seed)
+        rows["gate"], train = _cut_off(spec, train, min(GATE_SHARE, GATE_MOST / len(train)), spec.train.seed)
     if "select" not in rows:
         share = min(SELECT_SHARE, SELECT_MOST / len(rows["train"])) * len(rows["train"]) / len(train)
-        rows["select"], train = _cut_off(train, share, spec.train.seed + 1)
+        rows["select"], train = _cut_off(spec, train, share, spec.train.seed + 1)
     if spec.train.max_examples and spec.train.max_examples < len(train):
-        train, _ = _cut_off(train, spec.train.max_examples / len(train), spec.train.seed + 2, spec.train.max_examples)
+        most = spec.train.max_examples
+        train, _ = _cut_off(spec, train, most / len(train), spec.train.seed + 2, most)
     splits = {"train": train, "select": rows["select"], "gate": rows["gate"]}
     empty = [name for name, examples in splits.items() if not examples]
     if empty:
@@ -212,16 +213,20 @@ def _check_overlap(spec: TaskSpec, rows: dict[str, list[Example]]) -> None:
 
 
 def _cut_off(
-    examples: Sequence[Example], share: float, seed: int, exactly: int | None = None
+    spec: TaskSpec, examples: Sequence[Example], share: float, seed: int, exactly: int | None = None
 ) -> tuple[list[Example], list[Example]]:
-    """Take `share` of the rows of every label (or `exactly` so many in all), keeping the rows' order in both parts."""
+    """Take `share` of the rows of every label (or `exactly` so many in all), keeping the rows' order in both parts.
+
+    Rows of a free-text task have no label to spread over, so they are drawn at random.
+    """
     shuffled = list(range(len(examples)))
     random.Random(seed).shuffle(shuffled)
     rank_in_label: Counter[str] = Counter()
-    size_of_label = Counter(example.label for example in examples)
+    label_of = [example.label if spec.labels else "" for example in examples]
+    size_of_label = Counter(label_of)
     quantile = {}
     for index in shuffled:
-        label = examples[index].label
+        label = label_of[index]
         quantile[index] = (rank_in_label[label] + 0.5) / size_of_label[label]
         rank_in_label[label] += 1
     # Rows of every label spread evenly over (0, 1); the lowest quantiles are a stratified sample of any size.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from multilora.artifact import read_artifact
+from multilora.artifact import TaskCard, read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
 from multilora.spec import BaseSpec
 from orchestrator.calibration import expected_calibration_error
 from orchestrator.dataset import Example
-from orchestrator.metrics import METRICS
+from orchestrator.metrics import METRICS, is_right, token_f1
 from serve.engine import Answer, Engine, Work, softmax
 
 NUM_SLOTS = 16
@@ -32,8 +32,14 @@ class Graded:
     text: str
     gold: str
     answer: str
-    probability: float
+    probability: float | None
+    """Of the answer; None for a free text."""
     scores: tuple[float, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the gold one."""
+        return is_right(self.gold, self.answer)
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class EvalReport:
     @property
     def correct(self) -> list[bool]:
         """Right or wrong per example, in gate order."""
-        return [graded.answer == graded.gold for graded in self.answers]
+        return [graded.is_right for graded in self.answers]
 
     def value(self, metric: str) -> float:
         """The named metric."""
@@ -69,6 +75,11 @@ class EvalReport:
             name: expected_calibration_error([max(softmax(g.scores, temperature)) for g in self.answers], self.correct)
             for name, temperature in temperatures.items()
         }
+
+    @property
+    def token_f1(self) -> float | None:
+        """Mean word overlap of a free-text task's answers; shown and not judged. None for a task with labels."""
+        return None if self.labels else token_f1([g.gold for g in self.answers], [g.answer for g in self.answers])
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -145,20 +156,34 @@ def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[Eval
         answers = engine.classify([Work(key, engine.prompt(key, example.columns)) for example in item.gate])
         reports[item.task, key] = _graded(item, key, artifact.digest, artifact.card.text_column, answers)
         if item.train:
-            zero_shot = engine.classify_zero_shot(artifact.card.prompt_format, [example.columns for example in item.gate])
+            zero_shot = _zero_shot(engine, artifact.card, [example.columns for example in item.gate])
             reports[item.task, "zero-shot"] = _graded(
                 item, "zero-shot", artifact.card.base_fingerprint, artifact.card.text_column, zero_shot
             )
             labels = tuple(label for label, _ in artifact.card.labels)
-            for system, guesses in (("majority", _majority(item)), ("tf-idf", _tf_idf(item))):
+            # Nothing but the base can be a baseline for text that is written.
+            for system, guesses in (("majority", _majority(item)), ("tf-idf", _tf_idf(item))) if labels else ():
                 plain = [Answer(guess, labels, tuple(float(name == guess) for name in labels), False) for guess in guesses]
                 reports[item.task, system] = _graded(item, system, "", artifact.card.text_column, plain)
     return EvalOutcome(reports, errors)
 
 
+def _zero_shot(engine: Engine, card: TaskCard, items: Sequence[Mapping[str, str]]) -> list[Answer]:
+    if card.max_new_tokens is None:
+        return engine.classify_zero_shot(card.prompt_format, items)
+    return engine.write_zero_shot(card.prompt_format, items, card.max_new_tokens)
+
+
 def _graded(item: EvalItem, system: str, digest: str, text_column: str, answers: Sequence[Answer]) -> EvalReport:
     rows = tuple(
-        Graded(example.id, example.columns[text_column], example.label, answer.label, max(answer.probabilities), answer.scores)
+        Graded(
+            example.id,
+            example.columns[text_column],
+            example.label,
+            answer.label,
+            max(answer.probabilities, default=None),
+            answer.scores,
+        )
         for example, answer in zip(item.gate, answers, strict=True)
     )
     return EvalReport(item.task, system, digest, item.gate_fingerprint, answers[0].labels, rows, answers[0].temperature)

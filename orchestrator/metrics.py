@@ -1,13 +1,23 @@
-"""Metrics over gold and predicted labels. Plain Python; `gate.metric` names one of METRICS."""
+"""Metrics over gold answers and given ones. Plain Python; `gate.metric` names one of METRICS.
+
+Answers are compared without regard to case and spaces: labels of a task differ in more than that, and of a free text it
+is what exact match means. Punctuation and articles count, unlike in SQuAD's normalisation.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+
+
+def is_right(gold: str, answer: str) -> bool:
+    """Whether an answer is the gold one."""
+    return _normalised(gold) == _normalised(answer)
 
 
 def accuracy(gold: Sequence[str], answers: Sequence[str]) -> float:
     """Share of examples answered right."""
-    return sum(g == a for g, a in zip(gold, answers, strict=True)) / len(gold)
+    return sum(is_right(g, a) for g, a in zip(gold, answers, strict=True)) / len(gold)
 
 
 def macro_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
@@ -19,6 +29,20 @@ def macro_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
         num_seen = sum((g == label) + (a == label) for g, a in pairs)
         scores.append(2 * num_right / num_seen)
     return sum(scores) / len(scores)
+
+
+def token_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
+    """Mean F1 of the words that gold text and answer share. Source: SQuAD (arXiv 1606.05250) section 6.1."""
+    return sum(_word_f1(_normalised(g).split(), _normalised(a).split()) for g, a in zip(gold, answers, strict=True)) / len(gold)
+
+
+def _word_f1(gold: Sequence[str], answer: Sequence[str]) -> float:
+    num_shared = sum((Counter(gold) & Counter(answer)).values())
+    return 2 * num_shared / (len(gold) + len(answer))
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}

@@ -38,7 +38,8 @@ class PreparedTask:
         nested = self.spec.model_dump(mode="json", include={"base", "lora", "train", "gate"})
         params = {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()}
         sizes = {f"num_{split}": len(getattr(self.dataset, split)) for split in ("train", "select", "gate")}
-        return {**params, **sizes, "num_labels": len(self.spec.labels or ())}
+        kind = {"num_labels": len(self.spec.labels)} if self.spec.labels else {"max_new_tokens": self.spec.max_new_tokens}
+        return {**params, **sizes, **kind}
 
     @property
     def need(self) -> TaskNeed:
@@ -49,6 +50,10 @@ class PreparedTask:
         if files.family != "encoder":
             labels = PromptFormat.of(spec, files.family).labels
             num_tokens += (len(spec.instruction) + sum(map(len, label_wordings(labels)))) / CHARS_PER_TOKEN
+        num_tokens = min(num_tokens, spec.train.max_length)
+        if spec.max_new_tokens is not None:
+            num_chars = sum(len(example.label) for example in self.dataset.train) / len(self.dataset.train)
+            num_tokens += min(num_chars / CHARS_PER_TOKEN + 1, spec.max_new_tokens)
         return TaskNeed(
             task=spec.name,
             base=spec.base,
@@ -59,7 +64,7 @@ class PreparedTask:
             num_train=len(self.dataset.train),
             epochs=spec.train.epochs,
             batch_size=spec.train.batch_size,
-            tokens_per_example=min(num_tokens, spec.train.max_length),
+            tokens_per_example=num_tokens,
             resources=spec.resources,
         )
 
@@ -70,10 +75,6 @@ def prepare(specs: Sequence[TaskSpec]) -> tuple[list[PreparedTask], list[Problem
     problems: list[Problem] = []
     found: dict[BaseSpec, BaseFiles | tuple[Problem, ...]] = {}
     for spec in specs:
-        if spec.labels is None:
-            rule = "free-text tasks cannot be trained by this version"
-            problems.append(Problem(spec.name, "labels", "", rule, "list the labels, or leave the task out"))
-            continue
         if spec.base not in found:
             try:
                 found[spec.base] = find_base(spec.base)
@@ -87,6 +88,10 @@ def prepare(specs: Sequence[TaskSpec]) -> tuple[list[PreparedTask], list[Problem
             rule = f"base {spec.base.model} takes at most {files.max_positions} tokens"
             fix = f"set it to {files.max_positions} or less" + (", with room for the answer" if files.family == "causal" else "")
             problems.append(Problem(spec.name, "train.max_length", str(spec.train.max_length), rule, fix))
+            continue
+        if spec.labels is None and files.family == "encoder":
+            rule, fix = "an encoder writes no text", "name a seq2seq or causal base, or list the labels"
+            problems.append(Problem(spec.name, "base.model", repr(spec.base.model), rule, fix))
             continue
         try:
             dataset = build_dataset(spec)

@@ -187,6 +187,7 @@ def _result(report: EvalReport, metric: str) -> dict[str, Any]:
         "system": report.system,
         "digest": report.digest,
         "value": report.value(metric),
+        "token_f1": report.token_f1,
         "num_correct": num_correct,
         "accuracy": num_correct / len(report.answers),
         "accuracy_interval": list(wilson(num_correct, len(report.answers))),
@@ -201,12 +202,12 @@ def _calibration(report: EvalReport) -> dict[str, float] | None:
 def _flips(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
     """List the examples that only one side gets right: losses first, in each kind the surest candidate answer first."""
     both = zip(candidate.answers, reference.answers, strict=True)
-    pairs = [(new, old) for new, old in both if (new.answer == new.gold) != (old.answer == old.gold)]
-    pairs.sort(key=lambda pair: (pair[0].answer == pair[0].gold, -pair[0].probability))
+    pairs = [(new, old) for new, old in both if new.is_right != old.is_right]
+    pairs.sort(key=lambda pair: (pair[0].is_right, -(pair[0].probability or 0.0)))
     return [
         {
             "id": new.id,
-            "kind": "win" if new.answer == new.gold else "loss",
+            "kind": "win" if new.is_right else "loss",
             "text": _cut(new.text),
             "gold": _cut(new.gold),
             "reference_answer": _cut(old.answer),

@@ -43,7 +43,10 @@ def query(
     if address is None:
         raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
     try:
-        response = httpx.post(f"{address}/v1/classify", json={"model": task, "input": item}, timeout=60.0)
+        served = httpx.get(f"{address}/v1/models", timeout=60.0).json()["data"]
+        writes_text = any(model["id"] == task and not model["labels"] for model in served)
+        path = "/v1/generate" if writes_text else "/v1/classify"
+        response = httpx.post(address + path, json={"model": task, "input": item}, timeout=60.0)
     except httpx.HTTPError as error:
         raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
     body: dict[str, Any] = response.json()

@@ -20,15 +20,17 @@ from torch import Tensor
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError
+from multilora.generate import answer_text, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
-from multilora.scoring import SCORER_VERSION, ScoringRow, answer_losses, encode_labels, score_labels
+from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_answer, encode_labels, score_labels
 from multilora.segments import length_batches
-from multilora.spec import spec_hash
+from multilora.spec import TaskSpec, spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
 from orchestrator.batching import batch_indices, dropout_key
 from orchestrator.calibration import fit_temperature
+from orchestrator.dataset import Example
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.metrics import METRICS
 
@@ -101,7 +103,7 @@ class GroupTrainer:
             indices = batch_indices(len(run.train_ids), settings.batch_size, settings.seed, run.step)
             for position, index in enumerate(indices):
                 key = dropout_key(settings.seed, run.step, position) if run.member.spec.lora.dropout else 0
-                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.labels, key))
+                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.train_labels[index], key))
                 batch.gold.append(run.train_gold[index])
                 batch.weights.append(1.0 / len(indices))
         return batch
@@ -147,8 +149,6 @@ class GroupTrainer:
         if run.best_P is not None:
             with torch.no_grad():
                 self.slots.flat_SP[run.slot] = run.best_P
-        chosen = range(0, len(run.select_ids), max(1, len(run.select_ids) // NUM_CANARIES))[:NUM_CANARIES]
-        scores = [score.tolist() for score in self._score(run, run.select_ids)]
         card = TaskCard(
             format_version=FORMAT_VERSION,
             task=spec.name,
@@ -160,8 +160,9 @@ class GroupTrainer:
             scaling=spec.lora.scaling,
             rslora=spec.lora.rslora,
             num_modules=len(run.module_names),
-            canaries=[Canary(columns=run.member.select[i].columns, scores=scores[i]) for i in chosen],
-            temperature=fit_temperature(scores, run.select_gold),
+            canaries=self._canaries(run),
+            temperature=self._temperature(run),
+            max_new_tokens=spec.max_new_tokens,
             spec_hash=spec_hash(spec),
             data_fingerprint=run.member.data_fingerprint,
             **card_fields(run.prompt_format),
@@ -206,6 +207,7 @@ class GroupTrainer:
             [encode_prompt(prompt_format, example.columns, self.base.tokenizer).token_ids for example in examples]
             for examples in (member.train, member.select)
         )
+        train_labels, select_labels = (self._label_sets(spec, labels, examples) for examples in (member.train, member.select))
         modules = self._modules_of[member.run_key]
         generator = torch.Generator().manual_seed(spec.train.seed)
         self.slots.fresh(slot, modules, spec.lora.rank, spec.lora.scaling, generator)
@@ -220,29 +222,57 @@ class GroupTrainer:
                 [{"params": [half]} for half in self.slots.parameters(slot)], weight_decay=spec.train.weight_decay
             ),
             train_ids=train_ids,
-            train_gold=[labels.names.index(example.label) for example in member.train],
+            train_labels=train_labels,
+            train_gold=[own.names.index(example.label) for own, example in zip(train_labels, member.train, strict=True)],
             select_ids=select_ids,
+            select_labels=select_labels,
         )
         load_state(run, self.slots)
         return run
 
+    def _label_sets(self, spec: TaskSpec, labels: LabelSet, examples: Sequence[Example]) -> list[LabelSet]:
+        """The labels that each example's loss is computed over; of a free text only the gold one is known."""
+        if spec.max_new_tokens is None:
+            return [labels] * len(examples)
+        return [encode_answer(self.base, example.label, spec.max_new_tokens) for example in examples]
+
+    def _canaries(self, run: AdapterRun) -> list[Canary]:
+        chosen = range(0, len(run.select_ids), max(1, len(run.select_ids) // NUM_CANARIES))[:NUM_CANARIES]
+        token_rows = [run.select_ids[i] for i in chosen]
+        label_sets: list[LabelSet] = [run.labels] * len(chosen)
+        texts: Sequence[str | None] = [None] * len(chosen)
+        limit = run.member.spec.max_new_tokens
+        if limit is not None:
+            rows = [ScoringRow(ids, run.slot, run.labels) for ids in token_rows]
+            written = [answer_text(self.base, ids) for ids in generate(self.base, self.slots, rows, [limit] * len(rows))]
+            texts, label_sets = written, [encode_answer(self.base, text, limit) for text in written]
+        scores = self._score(run, token_rows, label_sets)
+        return [
+            Canary(columns=run.member.select[i].columns, scores=score.tolist(), text=text)
+            for i, score, text in zip(chosen, scores, texts, strict=True)
+        ]
+
+    def _temperature(self, run: AdapterRun) -> float:
+        if run.is_free_text:
+            return 1.0
+        gold = [run.labels.names.index(example.label) for example in run.member.select]
+        return fit_temperature([scores.tolist() for scores in self._score(run, run.select_ids, run.select_labels)], gold)
+
     def _end_epoch(self, run: AdapterRun) -> None:
         epoch = run.step // run.steps_per_epoch
-        scores = self._score(run, run.select_ids)
-        answers = [run.labels.names[int(score.argmax())] for score in scores]
-        select_loss = -sum(float(s.log_softmax(-1)[g]) for s, g in zip(scores, run.select_gold, strict=True)) / len(scores)
+        scores = self._score(run, run.select_ids, run.select_labels)
+        select_loss, metrics = _select_result(run, scores)
         if not math.isfinite(select_loss):
             self._fail(run, NOT_FINITE)
             return
-        metric = run.member.spec.gate.metric
-        value = METRICS[metric]([example.label for example in run.member.select], answers)
-        # The loss breaks the many ties that a small select split has.
+        # The loss breaks the many ties that a small select split has; of a free-text task it alone decides.
+        value = next(iter(metrics.values()), 0.0)
         if (value, -select_loss) > run.best_result:
             run.best_result, run.best_epoch = (value, -select_loss), epoch
             run.best_P = self.slots.flat_SP[run.slot].clone()
         train_loss = sum(run.losses) / max(1, len(run.losses))
         run.losses.clear()
-        self._emit(run, "epoch", {f"select/{metric}": value, "select/loss": select_loss, "train/epoch_loss": train_loss})
+        self._emit(run, "epoch", {**metrics, "select/loss": select_loss, "train/epoch_loss": train_loss})
         patience = run.member.spec.train.early_stopping
         if run.step >= run.num_steps or (patience and epoch - run.best_epoch >= patience):
             self._finish(run)
@@ -250,7 +280,8 @@ class GroupTrainer:
     def _finish(self, run: AdapterRun) -> None:
         artifact = self.export_adapter(run)
         self._release(run)
-        metrics = {"select/best": run.best_result[0], "train/best_epoch": float(run.best_epoch)}
+        best = -run.best_result[1] if run.is_free_text else run.best_result[0]
+        metrics = {"select/best": best, "train/best_epoch": float(run.best_epoch)}
         self._emit(run, "finished", metrics, artifact.digest)
         Path(run.member.checkpoint_file).unlink(missing_ok=True)
 
@@ -262,14 +293,19 @@ class GroupTrainer:
         self._active.remove(run)
         self.slots.clear(run.slot)
 
-    def _score(self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    def _score(
+        self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]], label_sets: Sequence[LabelSet]
+    ) -> list[Tensor]:
         scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
         device = self.base.device.type
-        num_label_tokens = 0 if self.base.family == "encoder" else run.labels.tree.num_nodes
-        lengths = [len(ids) + num_label_tokens for ids in token_rows]
+        # An encoder has its labels' vectors already.
+        reads_labels = self.base.family != "encoder"
+        lengths = [
+            len(ids) + (labels.tree.num_nodes if reads_labels else 0) for ids, labels in zip(token_rows, label_sets, strict=True)
+        ]
         with torch.no_grad():
             for batch in length_batches(lengths, MAX_BATCH_TOKENS[device], OVERHEAD_TOKENS[device]):
-                rows = [ScoringRow(token_rows[i], run.slot, run.labels) for i in batch]
+                rows = [ScoringRow(token_rows[i], run.slot, label_sets[i]) for i in batch]
                 for index, score in zip(batch, score_labels(self.base, self.slots, rows), strict=True):
                     scores[index] = score.cpu()
         return scores
@@ -277,3 +313,18 @@ class GroupTrainer:
     def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
         name, key = run.member.spec.name, run.member.run_key
         self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, now_ms(), metrics, message))
+
+
+def _select_result(run: AdapterRun, scores: Sequence[Tensor]) -> tuple[float, dict[str, float]]:
+    """Mean loss on the select split, and the gate's metric where the task has labels.
+
+    Writing a free text for every example after every epoch would take longer than training.
+    """
+    gold = [example.label for example in run.member.select]
+    if run.is_free_text:
+        losses = [-float(score) / len(own.token_ids[0]) for score, own in zip(scores, run.select_labels, strict=True)]
+        return sum(losses) / len(losses), {}
+    losses = [-float(s.log_softmax(-1)[run.labels.names.index(label)]) for s, label in zip(scores, gold, strict=True)]
+    answers = [run.labels.names[int(score.argmax())] for score in scores]
+    metric = run.member.spec.gate.metric
+    return sum(losses) / len(losses), {f"select/{metric}": METRICS[metric](gold, answers)}

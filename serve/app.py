@@ -24,7 +24,18 @@ from multilora.log import setup_logging
 from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.replica import Replica
-from serve.schema import ClassifyRequest, ClassifyResponse, ClassifyResult, ErrorBody, ErrorDetail, ModelInfo, ModelList
+from serve.schema import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ClassifyResult,
+    ErrorBody,
+    ErrorDetail,
+    GenerateRequest,
+    GenerateResponse,
+    GenerateResult,
+    ModelInfo,
+    ModelList,
+)
 
 STATUS_OF: dict[type[MultiLoraError], int] = {
     UnknownTaskError: 404,
@@ -48,6 +59,14 @@ def build_app(replica: Replica) -> FastAPI:
         version, answers = await replica.classify(body.model, items)
         results = [_result(answer) for answer in answers]
         return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
+
+    @app.post("/v1/generate", responses={code: {"model": ErrorBody} for code in (404, 422, 429, 503)})
+    async def generate(body: GenerateRequest) -> GenerateResponse:
+        """Answer one or many inputs of a free-text task."""
+        items = body.input if isinstance(body.input, list) else [body.input]
+        version, answers = await replica.generate(body.model, items)
+        results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
+        return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
     @app.get("/v1/models")
     async def models() -> ModelList:

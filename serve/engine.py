@@ -1,4 +1,4 @@
-"""Score mixed batches for many tasks over one base: schedule -> forward -> answer. Knows no Ray and no HTTP.
+"""Answer mixed batches for many tasks over one base: schedule -> score labels or write text -> answer. Knows no Ray and no HTTP.
 
 Fail closed: an adapter is bound only when its base fingerprint matches, every tensor found its module, and its canary
 prompts score as they did after training and differently from the base. A key that is not bound is never answered.
@@ -18,9 +18,10 @@ from multilora.artifact import AdapterArtifact, read_tensors
 from multilora.base_files import Family
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskError
+from multilora.generate import answer_text, end_ids, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
-from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_labels, score_labels
+from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_answer, encode_labels, score_labels
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
 from serve.slots import SlotTable
@@ -29,6 +30,10 @@ OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
 """What one forward pass costs beside its tokens, in tokens."""
 CANARY_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
 """Largest score difference between training and serving that rounding explains."""
+
+
+NO_LABELS = LabelSet((), None, ())
+"""Of rows whose answer is written."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +46,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one request; scores and probabilities in label order."""
+    """The answer to one request; scores and probabilities in label order, none for a free text."""
 
     label: str
+    """One of `labels`; of a free-text task the text."""
     labels: tuple[str, ...]
     scores: tuple[float, ...]
     is_truncated: bool
+    is_cut_off: bool = False
+    """True where a free text reached the task's token limit before its end."""
     temperature: float = 1.0
     """The adapter's; the base alone has 1."""
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Calibrated probabilities."""
+        """Calibrated probabilities; none of a free text."""
         return softmax(self.scores, self.temperature)
 
 
 def softmax(scores: Sequence[float], temperature: float) -> tuple[float, ...]:
     """Turn label scores into probabilities."""
-    top = max(scores)
+    top = max(scores, default=0.0)
     weights = [math.exp((score - top) / temperature) for score in scores]
     return tuple(weight / sum(weights) for weight in weights)
 
@@ -72,6 +80,11 @@ class BoundAdapter:
     prompt_format: PromptFormat
     labels: LabelSet
     tensors: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Token limit of a free-text task's answers; 0 where one of the labels is the answer."""
+        return self.artifact.card.max_new_tokens or 0
 
 
 class Engine:
@@ -134,11 +147,14 @@ class Engine:
         return encode_prompt(prompt_format, prompt_format.columns_of(item), self.base.tokenizer)
 
     def num_tokens(self, work: Work) -> int:
-        """What a request costs in a forward pass, its labels included."""
-        return _num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, self.bound(work.key).labels))
+        """What a request costs in a forward pass, its labels or the longest text that it may get included."""
+        bound = self.bound(work.key)
+        if bound.max_new_tokens:
+            return len(work.prompt.token_ids) + bound.max_new_tokens
+        return _num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, bound.labels))
 
     def classify(self, works: Sequence[Work]) -> list[Answer]:
-        """Answer requests of any mix of adapters, in order; all or nothing.
+        """Answer requests of any mix of adapters, also free-text ones, in order; all or nothing.
 
         Raises UnknownTaskError for a key that is not bound, AdapterError for an adapter whose scores are no numbers.
         """
@@ -149,7 +165,10 @@ class Engine:
             for first in range(0, len(keys), self._num_slots):
                 wave = keys[first : first + self._num_slots]
                 slot_of = {key: self._resident_slot(bound_of[key], pinned=wave) for key in wave}
-                indices = [index for index, work in enumerate(works) if work.key in slot_of]
+                texts = [i for i, work in enumerate(works) if work.key in slot_of and bound_of[work.key].max_new_tokens]
+                asked = [(works[i].prompt, slot_of[works[i].key], bound_of[works[i].key].max_new_tokens) for i in texts]
+                answers |= dict(zip(texts, self._write(asked), strict=True))
+                indices = [index for index, work in enumerate(works) if work.key in slot_of and index not in answers]
                 chosen = [(works[index], bound_of[works[index].key].labels) for index in indices]
                 rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
                 for index, (work, labels), scores in zip(indices, chosen, self._scores(rows), strict=True):
@@ -163,6 +182,14 @@ class Engine:
             labels = encode_labels(self.base, self._slots, prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
         return [_answer("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
+
+    def write_zero_shot(
+        self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]], max_new_tokens: int
+    ) -> list[Answer]:
+        """Let the base itself answer a free-text task."""
+        prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
+        with self._lock, torch.inference_mode():
+            return self._write([(prompt, None, max_new_tokens) for prompt in prompts])
 
     def bound(self, key: str) -> BoundAdapter:
         """The adapter of a key. Raises UnknownTaskError."""
@@ -204,6 +231,19 @@ class Engine:
                 scores[index] = row_scores.tolist()
         return scores
 
+    def _write(self, asked: Sequence[tuple[Prompt, int | None, int]]) -> list[Answer]:
+        """Write a text for each (prompt, slot, token limit)."""
+        answers: dict[int, Answer] = {}
+        ends = end_ids(self.base) if asked else ()
+        lengths = [len(prompt.token_ids) + limit for prompt, _, limit in asked]
+        for batch in length_batches(lengths, self._max_batch_tokens, OVERHEAD_TOKENS[self.base.device.type]):
+            rows = [ScoringRow(prompt.token_ids, slot, NO_LABELS) for prompt, slot, _ in (asked[i] for i in batch)]
+            limits = [asked[i][2] for i in batch]
+            for index, ids in zip(batch, generate(self.base, self._slots, rows, limits), strict=True):
+                text, is_cut_off = answer_text(self.base, ids), ids[-1] not in ends
+                answers[index] = Answer(text, (), (), asked[index][0].is_truncated, is_cut_off)
+        return [answers[index] for index in range(len(asked))]
+
     def _check_canaries(self, bound: BoundAdapter, slot: int) -> None:
         card = bound.artifact.card
         if self._slots.num_modules(slot) != card.num_modules:
@@ -215,12 +255,21 @@ class Engine:
             raise AdapterError(f"{bound.key}: a canary does not fit the prompt: {misfit}") from misfit
         if not prompts:
             raise AdapterError(f"{bound.key} has no canaries, so nothing proves that it was applied")
+        label_sets = [
+            bound.labels if canary.text is None else encode_answer(self.base, canary.text, bound.max_new_tokens)
+            for canary in card.canaries
+        ]
         with torch.inference_mode():
             adapted, plain = (
-                self._scores([ScoringRow(prompt.token_ids, which, bound.labels) for prompt in prompts]) for which in (slot, None)
+                self._scores([ScoringRow(p.token_ids, which, labels) for p, labels in zip(prompts, label_sets, strict=True)])
+                for which in (slot, None)
             )
         tolerance = CANARY_TOLERANCE[card.base.dtype if card.base.quantization == "none" else "bfloat16"]
-        error = max(_distance(seen, canary.scores) for seen, canary in zip(adapted, card.canaries, strict=True))
+        # The log-likelihood of a long text gathers the rounding of all its tokens.
+        error = max(
+            _distance(seen, canary.scores) / (1 if canary.text is None else len(labels.token_ids[0]))
+            for seen, canary, labels in zip(adapted, card.canaries, label_sets, strict=True)
+        )
         if error > tolerance:
             raise AdapterError(
                 f"{bound.key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})"
@@ -238,7 +287,8 @@ def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt
     if not all(map(math.isfinite, scores)):
         raise AdapterError(f"{name} gives its labels scores that are no numbers")
     # index() takes the first of equal scores, so ties go to the label that the spec lists first.
-    return Answer(labels.names[scores.index(max(scores))], labels.names, tuple(scores), prompt.is_truncated, temperature)
+    label = labels.names[scores.index(max(scores))]
+    return Answer(label, labels.names, tuple(scores), prompt.is_truncated, temperature=temperature)
 
 
 def _distance(first: Sequence[float], second: Sequence[float]) -> float:

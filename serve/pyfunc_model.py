@@ -26,7 +26,7 @@ class AdapterModel(mlflow.pyfunc.PythonModel):
         self._key = self._engine.bind(artifact, version=0)
 
     def predict(self, context: Any, model_input: list[str], params: dict[str, Any] | None = None) -> list[str]:
-        """Answer each text with one label."""
+        """Answer each text with one label, or with the text of a free-text task."""
         answers = self._engine.classify([Work(self._key, self._engine.prompt(self._key, text)) for text in model_input])
         return [answer.label for answer in answers]
 

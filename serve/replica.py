@@ -138,14 +138,28 @@ class Replica:
     async def classify(
         self, task: str, items: Sequence[str | Mapping[str, str]]
     ) -> tuple[AdapterVersion, list[Answer]]:
-        """Answer all items of one request with one adapter version.
+        """Answer all items of one request with one of the task's labels each, by one adapter version.
 
         Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError.
         """
+        return await self._answers(task, items, is_text=False)
+
+    async def generate(
+        self, task: str, items: Sequence[str | Mapping[str, str]]
+    ) -> tuple[AdapterVersion, list[Answer]]:
+        """Answer all items of one request with a text each, by one adapter version. Raises as `classify` does."""
+        return await self._answers(task, items, is_text=True)
+
+    async def _answers(
+        self, task: str, items: Sequence[str | Mapping[str, str]], *, is_text: bool
+    ) -> tuple[AdapterVersion, list[Answer]]:
         if not 1 <= len(items) <= self._config.max_inputs_per_request:
             raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
         key = route(task, self._keys, self._broken)
         server, version = self._server_of[key], self._versions[key]
+        if is_text != bool(server.engine.bound(key).max_new_tokens):
+            answers_with, path = ("labels", "/v1/classify") if is_text else ("free text", "/v1/generate")
+            raise RequestError(f"task {task} answers with {answers_with}: ask POST {path}")
         futures: list[asyncio.Future[Answer]] = []
         # Counted from here on, so that the version stays bound until the last answer.
         self._in_flight[key] += 1

@@ -48,6 +48,34 @@ class ClassifyResponse(Body):
     """One per input."""
 
 
+class GenerateRequest(ClassifyRequest):
+    """One or many inputs for one free-text task."""
+
+
+class GenerateResult(Body):
+    """The text for one input."""
+
+    text: str
+    """What the adapter wrote; every step takes the most likely token, so the same input gives the same text."""
+    is_truncated: bool
+    """True where the input was longer than the task's max_length and its end was not read."""
+    is_cut_off: bool
+    """True where the text reached the task's token limit before its end."""
+
+
+class GenerateResponse(Body):
+    """Texts in the order of the inputs, and which adapter version wrote them."""
+
+    model: str
+    """Task name."""
+    version: int
+    """Adapter version that answered."""
+    digest: str
+    """sha256 of that version."""
+    results: list[GenerateResult]
+    """One per input."""
+
+
 class ModelInfo(Body):
     """One served task."""
 
@@ -58,7 +86,7 @@ class ModelInfo(Body):
     digest: str
     """sha256 of that version."""
     labels: list[str]
-    """The label set."""
+    """The label set; empty for a free-text task."""
     columns: list[str]
     """Input columns; a plain text fills the first of them that the task names as its text."""
     base: str

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of
+from tiny_adapters import CARDS, MAIL, MOOD, SHORTEN, TEXTS, item_of
 
 import serve.pyfunc_model as pyfunc_model
 from multilora.artifact import CARD, WEIGHTS, read_artifact
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.anyio
 CODE = Path(pyfunc_model.__file__)
 CARDS_1, CARDS_2, MOOD_1, MAIL_1 = ("encoder", CARDS, 1), ("encoder", CARDS, 2), ("encoder", MOOD, 1), ("encoder", MAIL, 1)
 LETTERS_1 = ("seq2seq", replace(CARDS, name="letters"), 1)
+SHORTEN_1 = ("seq2seq", SHORTEN, 1)
 JSON = {"content-type": "application/json"}
 
 
@@ -193,6 +194,36 @@ async def test_models_lists_what_answers(crown, serving):
         assert mail["columns"] == ["subject", "body"]
         assert [cards["is_resident"], mail["is_resident"]] == [False, True]
         assert cards["base"].endswith("encoder")
+
+
+async def test_texts_come_from_their_own_route(crown, serving):
+    version = crown(("seq2seq", MOOD, 1), SHORTEN_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        response = await client.post("/v1/generate", json={"model": "shorten", "input": [TEXTS[0], "card " * 500]})
+        body = response.json()
+        assert (body["model"], body["version"], body["digest"]) == ("shorten", version.version, version.digest)
+        engine = replica._server_of[version.key].engine
+        works = [Work(version.key, engine.prompt(version.key, text)) for text in (TEXTS[0], "card " * 500)]
+        assert [result["text"] for result in body["results"]] == [answer.label for answer in engine.classify(works)]
+        assert [result["is_truncated"] for result in body["results"]] == [False, True]
+        assert {model["id"]: bool(model["labels"]) for model in (await client.get("/v1/models")).json()["data"]} == {
+            "mood": True,
+            "shorten": False,
+        }
+
+
+async def test_the_wrong_route_names_the_right_one(crown, serving):
+    crown(("seq2seq", MOOD, 1), SHORTEN_1)
+    async with serving() as (replica, client):
+        await replica.sync()
+        for task, path, message in (
+            ("shorten", "/v1/classify", "task shorten answers with free text: ask POST /v1/generate"),
+            ("mood", "/v1/generate", "task mood answers with labels: ask POST /v1/classify"),
+        ):
+            error = error_of(await client.post(path, json={"model": task, "input": "a"}), 422)
+            assert error == {"message": message, "type": "RequestError"}
+        assert replica._in_flight.total() == 0
 
 
 # Refused requests

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
-    "routing lora artifact answer_tree scoring registry",
+    "routing lora artifact answer_tree scoring generate registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
     "orchestrator": "config metrics calibration batching schedule dataset plan prepare state judge adapter_run "
     "gradient_checkpointing trainer worker evaluate report_page report cluster background services status deploy work controller "

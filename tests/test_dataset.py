@@ -137,6 +137,17 @@ def test_another_seed_cuts_otherwise_and_another_file_name_does_not(tmp_path):
     assert other.fingerprint != first.fingerprint
 
 
+def test_free_texts_are_split_at_random_however_often_they_repeat(tmp_path):
+    rows = [{"text": f"example number {i}", "label": f"answer {i // 2 if i < 50 else i}"} for i in range(100)]
+    spec = spec_of(write(tmp_path / "data.jsonl", rows)).model_copy(update={"labels": None, "instruction": "Rewrite {text}"})
+    dataset = build_dataset(spec)
+    assert len({example.id for example in all_examples(dataset)}) == len(rows)
+    assert (len(dataset.train), len(dataset.select), len(dataset.gate)) == (50, 10, 40)
+    # Spread over the answers as over labels, no answer would be twice in a split.
+    assert max(Counter(example.label for example in dataset.gate).values()) == 2
+    assert build_dataset(spec) == dataset
+
+
 @pytest.mark.parametrize("most", [2, 9, 30, 31])
 def test_max_examples_is_a_stratified_part_of_train(tmp_path, most):
     file = write(tmp_path / "data.jsonl", rows_of(100))

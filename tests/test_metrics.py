@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from multilora.spec import GateSpec
-from orchestrator.metrics import METRICS, accuracy, macro_f1
+from orchestrator.metrics import METRICS, accuracy, macro_f1, token_f1
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -40,3 +40,13 @@ def test_different_lengths_are_an_error(metric):
 
 def test_every_metric_of_the_spec_exists():
     assert set(METRICS) == set(GateSpec.model_fields["metric"].annotation.__args__)
+
+
+def test_accuracy_of_texts_is_exact_match_but_for_case_and_spaces():
+    assert accuracy(["Lost  card", "Straße", "a card", "yes"], [" lost card\n", "STRASSE", "card", "yes."]) == 0.5
+
+
+def test_token_f1_by_hand():
+    # 2 of 3 gold words and 2 of 4 answered words are shared: 4/7. The repeated word counts once, for gold has it once.
+    assert token_f1(["lost my card"], ["Card  LOST yesterday card"]) == pytest.approx(4 / 7)
+    assert token_f1(["a b", "a b", "a b"], ["b a", "", "c"]) == pytest.approx(1 / 3)

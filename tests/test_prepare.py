@@ -56,13 +56,12 @@ def test_bad_tasks_do_not_stop_the_others(raw, tmp_path):
         ("no-file: gone.jsonl", "data.train"),
         ("no-base", "base.model"),
         ("no-base-either", "base.model"),
-        ("free-text", "labels"),
+        ("free-text", "base.model"),
         ("too-few", "data"),
     ]
     assert all(problem.fix for problem in problems)
-    assert str(problems[5]) == (
-        "free-text: labels: free-text tasks cannot be trained by this version. Fix: list the labels, or leave the task out"
-    )
+    assert str(problems[5]).startswith("free-text: base.model: an encoder writes no text (got '")
+    assert str(problems[5]).endswith("Fix: name a seq2seq or causal base, or list the labels")
     assert str(problems[3]).startswith("no-base: base.model: config.json of the base cannot be read: ")
 
 
@@ -173,3 +172,13 @@ def test_the_need_counts_what_the_base_reads(raw, base_folder, kind):
     prompt = 0 if kind == "encoder" else len("Judge {text} as {labels}") + len("good: all is well") + len("bad")
     assert need.tokens_per_example == pytest.approx((text + prompt) / 4 + 2)
     assert prepared_of(raw, train={"max_length": 8}).need.tokens_per_example <= 8
+
+
+def test_a_free_text_task_is_prepared_for_a_base_that_writes(raw, base_folder):
+    changes = {"base": {"model": str(base_folder("causal"))}, "labels": None, "instruction": "Rewrite {text}"}
+    task = prepared_of(raw, **changes)
+    short = prepared_of(raw, **changes, generation={"max_new_tokens": 1})
+    assert (task.params["max_new_tokens"], short.params["max_new_tokens"]) == (64, 1)
+    assert short.run_key != task.run_key
+    # "good" and "bad" are read too, cut at the limit.
+    assert task.need.tokens_per_example - short.need.tokens_per_example == pytest.approx(3.5 / 4, abs=0.1)

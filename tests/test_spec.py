@@ -143,6 +143,9 @@ PROBLEMS = {
     "list of labels": (("{spam: unwanted, ham: wanted}", "[a, b]"), "labels", "valid dictionary", "change the value"),
     "empty label": (("ham: wanted", "'': wanted"), "file", "labels must not be empty", "change the value"),
     "label with a space": (("ham: wanted", "'ham ': wanted"), "file", "begin or end with a space", "change the value"),
+    "labels equal but for spaces": (("ham: wanted", "sp  am: a, sp am: b"), "file", "or in spaces", "distinct"),
+    "text settings beside labels": ("generation: {}", "file", "generation is set, but a task with labels", "remove it"),
+    "no room for a text": ("generation: {max_new_tokens: 0}", "generation.max_new_tokens", "greater than or equal", "change"),
     "labels equal but for case": (("ham: wanted", "SPAM: wanted"), "file", "differ only in upper and lower case", "distinct"),
     "number as meaning": (("ham: wanted", "ham: 1"), "labels.ham", "valid string", "put the value in quotes"),
     "input not shown": (("{text}", "text"), "file", "the instruction never shows the input", r"put \{text\} into it"),
@@ -294,6 +297,22 @@ def test_schema_lists_every_field_with_its_sentence():
 def test_every_spec_of_the_project_loads():
     paths = [*sorted((ROOT / "tasks").glob("*.yaml")), *sorted((ROOT / "examples").glob("*.yaml"))]
     assert len(load_task_specs(paths)) == len(paths) > 0
+
+
+FREE_TEXT = SPEC.replace("labels: {spam: unwanted, ham: wanted}", "").replace(" {labels}", "")
+
+
+def test_a_free_text_task_has_a_token_limit_that_decides_its_hash(load):
+    assert load(SPEC).max_new_tokens is None
+    assert load(FREE_TEXT).max_new_tokens == load(FREE_TEXT + "generation: {}\n").max_new_tokens == 64
+    short = load(FREE_TEXT + "generation: {max_new_tokens: 8}\n")
+    assert short.max_new_tokens == 8
+    assert spec_hash(short) != spec_hash(load(FREE_TEXT)) == spec_hash(load(FREE_TEXT + "generation: {}\n"))
+
+
+def test_a_metric_over_labels_is_refused_for_a_free_text_task(write):
+    with pytest.raises(SpecError, match=r"gate.metric macro_f1 needs labels.*Fix: use accuracy for a free-text task"):
+        load_task_specs([write(FREE_TEXT + "gate: {metric: macro_f1}\n")])
 
 
 def test_schema_file_is_fresh():

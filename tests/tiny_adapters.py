@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, write_artifact
 from multilora.base_model import FrozenBase
+from multilora.generate import answer_text, generate
 from multilora.lora import AdapterSlots, AdapterTensors
 from multilora.prompt import PromptFormat, encode_prompt
-from multilora.scoring import SCORER_VERSION, ScoringRow, encode_labels, score_labels
+from multilora.scoring import SCORER_VERSION, ScoringRow, encode_answer, encode_labels, score_labels
 
 TEXTS = (
     "where is my new card", "I lost my wallet on the train", "what is the exchange rate today", "please close my account",
@@ -28,6 +29,7 @@ class TinyTask:
     rank: int = 4
     scaling: float = 2.0
     temperature: float = 1.0
+    max_new_tokens: int | None = None
 
 
 CARDS = TinyTask("cards", (("card lost", "the card is gone"), ("card late", ""), ("rate", "asks for an exchange rate")))
@@ -49,6 +51,8 @@ MAIL = TinyTask(
     temperature=2.0,
 )
 
+SHORTEN = TinyTask("shorten", (), instruction="Say it shorter: {text}", rank=3, max_new_tokens=6)
+
 
 def tiny_prompt_format(task: TinyTask, family: str) -> PromptFormat:
     """The task's prompt over a base of `family`."""
@@ -69,7 +73,14 @@ def write_tiny_adapter(
     labels = encode_labels(base, slots, prompt_format)
     columns = [item_of(task, text) for text in TEXTS[:4]]
     prompts = [encode_prompt(prompt_format, item, base.tokenizer) for item in columns]
-    scores = score_labels(base, slots, [ScoringRow(prompt.token_ids, 0, labels) for prompt in prompts])
+    rows = [ScoringRow(prompt.token_ids, 0, labels) for prompt in prompts]
+    texts: list[str | None] = [None] * len(rows)
+    if task.max_new_tokens:
+        written = [answer_text(base, ids) for ids in generate(base, slots, rows, [task.max_new_tokens] * len(rows))]
+        answers = [encode_answer(base, text, task.max_new_tokens) for text in written]
+        rows = [replace(row, labels=answer) for row, answer in zip(rows, answers, strict=True)]
+        texts = [*written]
+    scores = score_labels(base, slots, rows)
     card = TaskCard(
         format_version=FORMAT_VERSION,
         task=task.name,
@@ -80,8 +91,11 @@ def write_tiny_adapter(
         rank=task.rank,
         scaling=task.scaling,
         num_modules=len(tensors),
-        canaries=[Canary(columns=item, scores=row.tolist()) for item, row in zip(columns, scores, strict=True)],
+        canaries=[
+            Canary(columns=item, scores=row.tolist(), text=text) for item, row, text in zip(columns, scores, texts, strict=True)
+        ],
         temperature=task.temperature,
+        max_new_tokens=task.max_new_tokens,
         spec_hash="0" * 16,
         data_fingerprint="0" * 64,
         **card_fields(prompt_format),
