@@ -68,6 +68,8 @@ class TaskCard(Part):
     """(label, meaning) in prompt order."""
     max_length_tokens: int
     """Longest prompt in tokens."""
+    label_score: str = "sum"
+    """Sum or mean of a label's token log-likelihoods."""
     max_new_tokens: int | None = None
     """Token limit of a free-text task's answers; None for a classification task."""
     rank: int
@@ -98,7 +100,7 @@ class TaskCard(Part):
     def prompt_format(self) -> PromptFormat:
         """The prompt's parts."""
         return PromptFormat(
-            self.family, self.instruction, self.text_column, tuple(self.labels), self.max_length_tokens
+            self.family, self.instruction, self.text_column, tuple(self.labels), self.max_length_tokens, self.label_score
         )
 
 

@@ -29,12 +29,14 @@ class PromptFormat:
     labels: tuple[tuple[str, str], ...]
     """(label, meaning) pairs; the meaning may be empty."""
     max_length_tokens: int
+    label_score: str = "sum"
+    """sum or mean of a label's token log-likelihoods (generative bases)."""
 
     @classmethod
     def of(cls, spec: TaskSpec, family: str) -> PromptFormat:
         """Take the prompt's parts out of a spec."""
         labels = tuple((label, meaning or "") for label, meaning in (spec.labels or {}).items())
-        return cls(family, spec.instruction, spec.data.text, labels, spec.train.max_length)
+        return cls(family, spec.instruction, spec.data.text, labels, spec.train.max_length, spec.label_score)
 
     @property
     def columns(self) -> tuple[str, ...]:

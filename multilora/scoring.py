@@ -46,11 +46,13 @@ class LabelSet:
     """Unit vectors of the wordings (encoder)."""
     token_ids: tuple[tuple[int, ...], ...]
     """Answer tokens with end of sequence (seq2seq, causal)."""
+    is_mean: bool = False
+    """Score a label by the mean over its tokens instead of their sum."""
 
     @cached_property
     def tree(self) -> AnswerTree:
         """All answers as one tree."""
-        return AnswerTree.of(self.token_ids)
+        return AnswerTree.of(self.token_ids, is_mean=self.is_mean)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
         with torch.no_grad():
             vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
         return LabelSet(names, vectors_LH, ())
-    return LabelSet(names, None, token_ids)
+    return LabelSet(names, None, token_ids, is_mean=prompt_format.label_score == "mean")
 
 
 def encode_answer(base: FrozenBase, text: str, max_tokens: int) -> LabelSet:

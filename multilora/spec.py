@@ -204,6 +204,8 @@ class TaskSpec(Part):
     """Prompt template with {column} fields and, for a classification task, {labels}."""
     labels: dict[StrictStr, StrictStr | None] | None = None
     """Every allowed answer and what it means; omit for a free-text task."""
+    label_score: Literal["sum", "mean"] = "sum"
+    """How a label is scored by a generative base: sum of its tokens' log-likelihoods, or mean, which spares long labels."""
     lora: LoraSpec = LoraSpec()
     """Adapter shape."""
     train: TrainSpec = TrainSpec()
@@ -285,6 +287,8 @@ def spec_hash(spec: TaskSpec) -> str:
     decisive["metric"] = spec.gate.metric  # it chooses the epoch
     if spec.labels is None:
         decisive["max_new_tokens"] = spec.max_new_tokens
+    if spec.label_score != "sum":
+        decisive["label_score"] = spec.label_score
     # Label order is part of the prompt, so keys stay in the user's order.
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 

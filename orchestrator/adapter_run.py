@@ -41,7 +41,7 @@ class Member:
 
 @dataclass(frozen=True)
 class TrainEvent:
-    """What happened to one adapter; `kind` is started, progress, epoch, finished or failed."""
+    """What happened to one adapter; `kind` is started, progress, halved (micro-batches), epoch, finished or failed."""
 
     kind: str
     task: str

@@ -24,7 +24,6 @@ from multilora.generate import answer_text, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_answer, encode_labels, score_labels
-from multilora.segments import length_batches
 from multilora.spec import TaskSpec, spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
@@ -33,11 +32,9 @@ from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.metrics import METRICS
+from orchestrator.micro_batches import MicroBatches
 
 NUM_CANARIES = 4
-MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-OVERHEAD_TOKENS = {"cpu": 64, "cuda": 8192}
-"""What one forward and backward costs beside its tokens, in tokens."""
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
 
 
@@ -76,6 +73,7 @@ class GroupTrainer:
         if any(member.spec.resources.gradient_checkpointing for member in members):
             checkpoint_layers(base.model, self.slots)
         self._active: list[AdapterRun] = []
+        self._micro_batches = MicroBatches(base.device, self._report_halved)
 
     def train(self, should_stop: Callable[[], bool], checkpoint_every_s: float) -> bool:
         """Train all members to their end; False when stopped early, with every state saved."""
@@ -111,17 +109,22 @@ class GroupTrainer:
     def forward_backward(self, batch: GroupBatch) -> dict[int, float]:
         """Add the batch's gradients to the slots; returns each slot's mean loss.
 
-        Rows of like length share a micro-batch, whichever adapters they belong to, so little is spent on padding.
+        It is done in micro-batches; where memory does not suffice, from the start again in smaller ones: same gradients.
         """
+        lengths = [
+            len(row.token_ids) + (len(row.labels.token_ids[gold]) if row.labels.token_ids else 0)
+            for row, gold in zip(batch.rows, batch.gold, strict=True)
+        ]
+        return self._micro_batches.within_memory(max(lengths), lambda: self._forward_backward(batch, lengths))
+
+    def _forward_backward(self, batch: GroupBatch, lengths: Sequence[int]) -> dict[int, float]:
         assert self.slots.flat_grad_SP is not None
         self.slots.flat_grad_SP.zero_()
         losses = {run.slot: 0.0 for run in batch.runs}
-        device = self.base.device
-        lengths = [len(row.token_ids) for row in batch.rows]
-        for micro in length_batches(lengths, MAX_BATCH_TOKENS[device.type], OVERHEAD_TOKENS[device.type]):
+        for micro in self._micro_batches.cut(lengths):
             rows = [batch.rows[i] for i in micro]
             losses_B = answer_losses(self.base, self.slots, rows, [batch.gold[i] for i in micro])
-            weighted_B = losses_B * torch.tensor([batch.weights[i] for i in micro], device=device)
+            weighted_B = losses_B * torch.tensor([batch.weights[i] for i in micro], device=self.base.device)
             weighted_B.sum().backward()  # type: ignore[no-untyped-call]
             for row, loss in zip(rows, weighted_B.tolist(), strict=True):
                 assert row.slot is not None
@@ -296,19 +299,26 @@ class GroupTrainer:
     def _score(
         self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]], label_sets: Sequence[LabelSet]
     ) -> list[Tensor]:
-        scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
-        device = self.base.device.type
         # An encoder has its labels' vectors already.
         reads_labels = self.base.family != "encoder"
         lengths = [
             len(ids) + (labels.tree.num_nodes if reads_labels else 0) for ids, labels in zip(token_rows, label_sets, strict=True)
         ]
-        with torch.no_grad():
-            for batch in length_batches(lengths, MAX_BATCH_TOKENS[device], OVERHEAD_TOKENS[device]):
+
+        def attempt() -> list[Tensor]:
+            scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
+            for batch in self._micro_batches.cut(lengths):
                 rows = [ScoringRow(token_rows[i], run.slot, label_sets[i]) for i in batch]
                 for index, score in zip(batch, score_labels(self.base, self.slots, rows), strict=True):
                     scores[index] = score.cpu()
-        return scores
+            return scores
+
+        with torch.no_grad():
+            return self._micro_batches.within_memory(max(lengths, default=0), attempt)
+
+    def _report_halved(self, max_tokens: int) -> None:
+        for run in self._active:
+            self._emit(run, "halved", {"train/micro_batch_tokens": float(max_tokens)})
 
     def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
         name, key = run.member.spec.name, run.member.run_key

@@ -114,6 +114,15 @@ def test_scores_equal_a_plain_forward_one_label_at_a_time(rig, has_grad):
     )
 
 
+def test_mean_scores_are_sums_over_the_number_of_tokens(rig):
+    means = encode_labels(rig.base, rig.slots, replace(rig.formats["talk"], label_score="mean"))
+    row = rig.row("talk", TEXTS[1], 0)
+    with torch.no_grad():
+        summed, averaged = (score_labels(rig.base, rig.slots, [replace(row, labels=own)])[0] for own in (row.labels, means))
+    num_tokens = torch.tensor([len(ids) for ids in row.labels.token_ids] or [1])  # an encoder's scores are no sums
+    assert_close([averaged * num_tokens], [summed])
+
+
 def test_what_labels_share_is_read_once(rig):
     if rig.base.family != "encoder":
         tree = rig.labels["cards"].tree
