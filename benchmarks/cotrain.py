@@ -176,8 +176,6 @@ def compare_with_solo(model: PreTrainedModel, report: Report) -> None:
     tasks = tasks_of(8, *SIZES[report.settings.device.type]["short"])
     loops = peft_loops(model, tasks, "fp32")
     group = group_like(model, tasks, loops)
-    for _ in range(NUM_SOLO_STEPS):
-        group.step()
     before_SP = group.trainer.slots.flat_SP.clone()
     for _ in range(NUM_SOLO_STEPS):
         group.step()
