@@ -134,7 +134,7 @@ def measure(model: PreTrainedModel, size: str, count: int, dtype: str, rate: flo
         torch.cuda.reset_peak_memory_stats()
     for run in variants.values():
         run()
-    times = interleave(variants, settings.num_rounds, settings.device)
+    times = interleave(variants, settings)
     difference = max(abs(losses[slot] - loops[slot].losses[step]) for step, losses in enumerate(group.losses) for slot in losses)
     tolerance = LOSS_TOLERANCES[dtype] * max(max(loop.losses) for loop in loops)
     name = f"{size}_{count}_vs_peft" + ("" if dtype == "bf16" else f"_{dtype}")
@@ -142,7 +142,8 @@ def measure(model: PreTrainedModel, size: str, count: int, dtype: str, rate: flo
     flops = num_flops(model, count * num_rows, num_tokens)
     share = report.ratios[name.replace("vs_peft", "share_of_ceiling")] = flops / rate / median(times, "ours")
     label = f"{size}_{count}_{dtype}"
-    report.add(Row(label, "PEFT, one after another", median(times, "peft"), 1.0, note=f"{num_rows} x {num_tokens} tokens each"))
+    note = f"{num_rows} x {num_tokens} tokens each, {len(times['peft'])} rounds"
+    report.add(Row(label, "PEFT, one after another", median(times, "peft"), 1.0, note=note))
     note = f"{share:.0%} of ceiling" + peak_memory(settings.device)
     report.add(Row(label, "ours, one group", median(times, "ours"), speedup, difference, tolerance, note))
     if not settings.is_quick and settings.device.type == "cpu":

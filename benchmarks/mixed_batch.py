@@ -4,7 +4,7 @@
 Ratios are time over the base's forward: `all_linear_16_fp32` is ours with 16 adapters, `peft_...` PEFT's mixed batch
 (`adapter_names`), `peft_one_...` PEFT with one adapter, `split_...` our layer with one forward pass per adapter;
 `growth_1_to_32` is our time with 32 adapters over our time with one. The oracle is PEFT with the same tensors. Where the CPU has
-no bfloat16 products, rows have 4 tokens in bf16 and its ratios say little: see `has_fast_bf16` under `machine`.
+no bfloat16 products, rows have 2 tokens in bf16 and its ratios say little: see `has_fast_bf16` under `machine`.
 
     python benchmarks/mixed_batch.py [--quick] [--json FILE] [--rounds N] [--device cuda]
 """
@@ -33,7 +33,7 @@ from multilora.segments import Segment
 from multilora.target_modules import match_modules
 
 NUM_ROWS = {"cpu": 32, "cuda": 64}
-NUM_TOKENS, NUM_TOKENS_SLOW = 64, 4
+NUM_TOKENS, NUM_TOKENS_SLOW = 64, 2
 PREFIXES = {"cpu": {"flan-t5-small": "", "minilm": "minilm_"}, "cuda": {"flan-t5-base": "", "minilm": "minilm_"}}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 """Share of the largest output by which equal results may differ; bfloat16 has 8 bits of mantissa."""
@@ -111,7 +111,6 @@ def main() -> int:
             counts = [1, 16, 32] if (target, dtype) == ("all_linear", "fp32") else [16]
             counts = counts if settings.is_quick else [1, 4, 16, 32, 64]
             bench = prepare(shape, prefix, target, dtype, max(counts), settings)
-            check_off(bench, report, num_rows)
             measure(bench, report, counts, num_rows)
             if (target, dtype) == ("all_linear", "fp32"):
                 count_operations(bench, report)
@@ -136,19 +135,15 @@ def outputs(model: nn.Module, ids_BT: Tensor, **options: object) -> Tensor:
     return model(input_ids=ids_BT, **options).last_hidden_state
 
 
-def check_off(bench: Bench, report: Report, num_rows: int) -> None:
-    """Rows without an adapter are the base bit for bit."""
-    ids_BT = bench.tokens(num_rows)
-    difference = farthest(bench.run_ours(ids_BT, [Segment(None, num_rows)]), bench.run_base(ids_BT))
-    report.add(Row(bench.group, "slot None against base", difference=difference, tolerance=0.0))
-
-
 def measure(bench: Bench, report: Report, counts: list[int], num_rows: int) -> None:
     """Check the results of all variants of one group, then time them side by side."""
     is_quick = report.settings.is_quick
     ids_of = {f"base_{rows}": bench.tokens(rows) for rows in sorted({max(num_rows, count) for count in counts})}
     variants: dict[str, Callable[[], Tensor]] = {name: partial(bench.run_base, ids_BT) for name, ids_BT in ids_of.items()}
     base_outputs = {name: run() for name, run in variants.items()}
+    off = bench.run_ours(ids_of[f"base_{num_rows}"], [Segment(None, num_rows)])
+    difference = farthest(off, base_outputs[f"base_{num_rows}"])
+    report.add(Row(bench.group, "slot None against base", difference=difference, tolerance=0.0))
     base_of, differences = {}, {}
     if not is_quick:
         variants["peft_one"] = partial(bench.run_peft, ids_of[f"base_{num_rows}"], None)
@@ -160,18 +155,18 @@ def measure(bench: Bench, report: Report, counts: list[int], num_rows: int) -> N
         calls = {f"ours_{count}": partial(bench.run_ours, ids_BT, segments)}
         if count > 1 and not is_quick:
             calls[f"split_{count}"] = partial(bench.run_split, ids_BT, segments)
-        mixed = partial(bench.run_peft, ids_BT, names_of(segments))
-        expected = mixed()
-        tolerance = allowed(bench, expected, base_outputs[base])
-        differences |= {name: (farthest(run(), expected), tolerance) for name, run in calls.items()}
+        results = {name: run() for name, run in calls.items()}
         if count == 16 or not is_quick:
-            calls[f"peft_{count}"] = mixed
+            calls[f"peft_{count}"] = partial(bench.run_peft, ids_BT, names_of(segments))
+            expected = calls[f"peft_{count}"]()
+            tolerance = allowed(bench, expected, base_outputs[base])
+            differences |= {name: (farthest(result, expected), tolerance) for name, result in results.items()}
         variants |= calls
         base_of |= dict.fromkeys(calls, base)
-    times = interleave(variants, report.settings.num_rounds, report.settings.device)
+    times = interleave(variants, report.settings)
     for name in variants:
         over_base = ratio(times, name, base_of[name]) if name in base_of else None
-        note = f"{bench.num_tokens} tokens a row" if bench.num_tokens != NUM_TOKENS else ""
+        note = f"{bench.num_tokens} tokens a row, {len(times[name])} rounds"
         report.add(Row(bench.group, name, median(times, name), over_base, *differences.get(name, (None, None)), note))
         if over_base:
             report.ratios[ratio_name(bench, name)] = over_base

@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
+QUICK_S = 2.5
+"""A quick run starts no further round of a group after this long."""
 LIBRARIES = ("torch", "transformers", "peft")
 Times = Mapping[str, list[float]]
 """Variant -> seconds of each round."""
@@ -130,12 +132,15 @@ def read_settings(description: str, quick_rounds: int, full_rounds: int, *, has_
     return Settings(given.quick, given.json, given.rounds or (quick_rounds if given.quick else full_rounds), device)
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], num_rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleave(variants: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, list[float]]:
     """Time every variant once a round. The caller has run each before: the first call is never typical."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(num_rounds):
+    start = time.perf_counter()
+    for number in range(settings.num_rounds):
+        if number and settings.is_quick and time.perf_counter() - start > QUICK_S:
+            break
         for name, run in variants.items():
-            times[name].append(seconds_of(run, device))
+            times[name].append(seconds_of(run, settings.device))
     return times
 
 
