@@ -101,7 +101,8 @@ def main() -> int:
     settings = read_settings(__doc__ or "", quick_rounds=3, full_rounds=9)
     device = settings.device
     config = {"shape": SHAPE[device.type], "sizes": SIZES[device.type], "rank": RANK, "loss_tolerances": LOSS_TOLERANCES}
-    report = Report("cotrain", settings, {**config, "weight_tolerance": WEIGHT_TOLERANCE})
+    config |= {"weight_tolerance": WEIGHT_TOLERANCE, "bf16_size": None if has_fast_bf16(device) else SLOW_SIZE}
+    report = Report("cotrain", settings, config)
     rates = {name: gemm_flops(dtype, device, 256 if is_slow(name, device) else 2048) for name, dtype in DTYPES.items()}
     report.extra["gemm_flops_per_s"] = rates
     models = {name: build_model(SHAPE[device.type], dtype, device) for name, dtype in DTYPES.items()}

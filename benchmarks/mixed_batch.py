@@ -25,9 +25,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from benchmarks.shapes import ALPHA, DTYPES, QV, RANK, SHAPES, build_model, peft_copy, shared_copy, slots_like
-from benchmarks.timing import Report, Row, Settings, has_fast_bf16, interleave, median, ratio, read_settings
+from benchmarks.timing import Report, Row, has_fast_bf16, interleave, median, ratio, read_settings
 from multilora.lora import AdapterSlots, MultiLoraLinear
 from multilora.segments import Segment
 from multilora.target_modules import match_modules
@@ -48,9 +49,9 @@ class Bench:
     prefix: str
     target: str
     dtype: str
-    model: nn.Module
+    model: PreTrainedModel
     adapted: PeftModel
-    ours: nn.Module
+    ours: PreTrainedModel
     slots: AdapterSlots
     vocab_size: int
     num_tokens: int
@@ -103,28 +104,36 @@ def main() -> int:
     settings = read_settings(__doc__ or "", quick_rounds=3, full_rounds=9)
     num_rows = NUM_ROWS[settings.device.type]
     config = {"rank": RANK, "alpha": ALPHA, "num_rows": num_rows, "num_tokens": NUM_TOKENS, "tolerances": TOLERANCES}
+    config["num_tokens_bf16"] = NUM_TOKENS if has_fast_bf16(settings.device) else NUM_TOKENS_SLOW
     report = Report("mixed_batch", settings, config)
     for shape, prefix in PREFIXES[settings.device.type].items():
-        for target, dtype in (("all_linear", "fp32"), ("all_linear", "bf16"), ("qv", "fp32"), ("qv", "bf16")):
-            if settings.is_quick and (target, dtype) == ("qv", "bf16"):
-                continue
-            counts = [1, 16, 32] if (target, dtype) == ("all_linear", "fp32") else [16]
-            counts = counts if settings.is_quick else [1, 4, 16, 32, 64]
-            bench = prepare(shape, prefix, target, dtype, max(counts), settings)
-            measure(bench, report, counts, num_rows)
-            if (target, dtype) == ("all_linear", "fp32"):
-                count_operations(bench, report)
+        model = build_model(shape, torch.float32, settings.device)
+        # PEFT takes longer for every adapter that it adds, so each target's are built once.
+        num_adapters = 16 if settings.is_quick else 64
+        adapted = {
+            target: peft_copy(model, match_modules(model, modules), num_adapters)
+            for target, modules in (("all_linear", "all-linear"), ("qv", QV[SHAPES[shape].model_type]))
+        }
+        for dtype in DTYPES:
+            model.to(DTYPES[dtype])
+            for target in adapted:
+                if settings.is_quick and (target, dtype) == ("qv", "bf16"):
+                    continue
+                is_first = (target, dtype) == ("all_linear", "fp32")
+                quick_counts = [1, 16, 32] if is_first else [16]
+                bench = prepare(prefix, target, dtype, model, adapted[target].to(DTYPES[dtype]))
+                measure(bench, report, quick_counts if settings.is_quick else [1, 4, 16, 32, 64], num_rows)
+                if is_first:
+                    count_operations(bench, report)
     return report.finish()
 
 
-def prepare(shape: str, prefix: str, target: str, dtype: str, num_adapters: int, settings: Settings) -> Bench:
-    """Build the base and put the same adapters on two copies of it."""
-    model = build_model(shape, DTYPES[dtype], settings.device)
-    names = match_modules(model, "all-linear" if target == "all_linear" else QV[SHAPES[shape].model_type])
-    adapted, ours = peft_copy(model, names, num_adapters), shared_copy(model)
-    slots = slots_like(ours, adapted, num_adapters)
-    num_tokens = NUM_TOKENS if dtype == "fp32" or has_fast_bf16(settings.device) else NUM_TOKENS_SLOW
-    return Bench(prefix, target, dtype, model, adapted, ours, slots, SHAPES[shape].vocab_size, num_tokens)
+def prepare(prefix: str, target: str, dtype: str, model: PreTrainedModel, adapted: PeftModel) -> Bench:
+    """Put PEFT's adapters into our slots on another copy of the base; more slots than adapters hold the first ones again."""
+    ours = shared_copy(model)
+    slots = slots_like(ours, adapted, max(32, len(adapted.peft_config)))
+    num_tokens = NUM_TOKENS if dtype == "fp32" or has_fast_bf16(model.device) else NUM_TOKENS_SLOW
+    return Bench(prefix, target, dtype, model, adapted, ours, slots, model.config.vocab_size, num_tokens)
 
 
 def outputs(model: nn.Module, ids_BT: Tensor, **options: object) -> Tensor:

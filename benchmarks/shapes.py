@@ -74,10 +74,10 @@ def peft_tensors(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, tup
     return {name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight) for name, layer in layers.items()}
 
 
-def slots_like(model: PreTrainedModel, adapted: PeftModel, num_adapters: int) -> AdapterSlots:
-    """Wrap `model` and load PEFT's first `num_adapters` adapters into the slots of the same numbers."""
+def slots_like(model: PreTrainedModel, adapted: PeftModel, num_slots: int) -> AdapterSlots:
+    """Wrap `model` and load PEFT's adapters into the slots of the same numbers, from the first again where slots are left."""
     layers = peft_layers(adapted)
-    slots = AdapterSlots(model, list(layers), num_adapters, RANK)
-    for slot in range(num_adapters):
-        slots.load(slot, peft_tensors(layers, str(slot)), ALPHA / RANK)
+    slots = AdapterSlots(model, list(layers), num_slots, RANK)
+    for slot in range(num_slots):
+        slots.load(slot, peft_tensors(layers, str(slot % len(adapted.peft_config))), ALPHA / RANK)
     return slots
