@@ -133,8 +133,9 @@ def measure(model: PreTrainedModel, size: str, count: int, dtype: str, rate: flo
     variants = {"ours": group.step, "peft": lambda: [loop.step() for loop in loops]}
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for run in variants.values():
-        run()
+    variants["ours"]()
+    peak = peak_memory(settings.device)
+    variants["peft"]()
     times = interleave(variants, settings)
     difference = max(abs(losses[slot] - loops[slot].losses[step]) for step, losses in enumerate(group.losses) for slot in losses)
     tolerance = LOSS_TOLERANCES[dtype] * max(max(loop.losses) for loop in loops)
@@ -145,7 +146,7 @@ def measure(model: PreTrainedModel, size: str, count: int, dtype: str, rate: flo
     label = f"{size}_{count}_{dtype}"
     note = f"{num_rows} x {num_tokens} tokens each, {len(times['peft'])} rounds"
     report.add(Row(label, "PEFT, one after another", median(times, "peft"), 1.0, note=note))
-    note = f"{share:.0%} of ceiling" + peak_memory(settings.device)
+    note = f"{share:.0%} of ceiling" + peak
     report.add(Row(label, "ours, one group", median(times, "ours"), speedup, difference, tolerance, note))
     if not settings.is_quick and settings.device.type == "cpu":
         seconds = seconds_in_processes(dtype, count, num_rows, num_tokens)
