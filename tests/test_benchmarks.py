@@ -1,0 +1,34 @@
+"""Every benchmark runs, says that its results are correct, and names its ratios; their values are a quiet machine's business."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MIXED = "all_linear_16_fp32 peft_all_linear_16_fp32 all_linear_16_bf16 peft_all_linear_16_bf16 qv_16_fp32 peft_qv_16_fp32"
+RATIOS = {
+    "mixed_batch": [prefix + name for prefix in ("", "minilm_") for name in f"{MIXED} growth_1_to_32".split()],
+    "cotrain": ["short_8_vs_peft", "short_8_vs_peft_fp32", "short_1_vs_peft", "long_8_vs_peft", "long_8_vs_peft_fp32"],
+    "memory": ["training_bytes_per_parameter", "serving_size_ratio"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RATIOS)
+def test_benchmark_runs_and_is_correct(name, tmp_path):
+    file = tmp_path / "result.json"
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--rounds", "1", "--json", str(file)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert set(RATIOS[name]) <= set(result["ratios"])
+    assert all(value > 0 for value in result["ratios"].values())
+    assert result["is_correct"] is True
+    checked = [row for row in result["rows"] if row["difference"] is not None]
+    assert checked
+    assert all(row["is_correct"] for row in checked)
+    assert {"machine", "commit", "versions", "config"} <= set(result)
+    assert "correct" in found.stdout
