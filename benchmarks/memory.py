@@ -163,6 +163,7 @@ def card_of(task: Task, base, slots: AdapterSlots) -> TaskCard:  # type: ignore[
         scaling=ALPHA / RANK,
         num_modules=len(slots.layers),
         canaries=[Canary(columns=columns, scores=scores.tolist())],
+        temperature=1.0,
         spec_hash="0" * 16,
         data_fingerprint="0" * 64,
         **card_fields(prompt_format),

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.shapes import ALPHA, DTYPES, QV, RANK, SHAPES, build_model, peft_copy, shared_copy, slots_like
 from benchmarks.timing import Report, Row, has_fast_bf16, interleave, median, ratio, read_settings
-from multilora.lora import AdapterSlots, MultiLoraLinear
-from multilora.segments import Segment
+from multilora.lora import AdapterSlots
+from multilora.segments import Segment, order_by_slot, segments_of
 from multilora.target_modules import match_modules
 
 NUM_ROWS = {"cpu": 32, "cuda": 64}
@@ -192,36 +192,28 @@ def ratio_name(bench: Bench, variant: str) -> str:
 
 
 def count_operations(bench: Bench, report: Report) -> None:
-    """Count aten operations of a forward pass: on a GPU each is a launch, so they must not grow with the adapters."""
-    grouped = shared_copy(bench.model)
-    slots = slots_like(grouped, bench.adapted, max(COUNTED))
-    for layer in slots.layers.values():
-        # What MultiLoraLinear.forward does on CUDA, on any device.
-        layer.forward = partial(forward_grouped, layer)  # type: ignore[method-assign]
+    """Count aten operations of a forward pass: on a GPU each is a launch, so they must not grow with the adapters.
+
+    Segments of equal length are one product: evenly shared rows are one, unevenly shared ones here are two.
+    """
     ids_BT = bench.tokens(32, 8)
     counts: dict[str, dict[int, int]] = {"base": {}, "ours": {}, "ours, uneven rows": {}, "peft": {}}
     for num_adapters in COUNTED:
         with torch.inference_mode():
             for name, segments in (("ours", even_segments(32, num_adapters)), ("ours, uneven rows", uneven(32, num_adapters))):
-                with slots.using(segments):
-                    counts[name][num_adapters], seen = counted(lambda: outputs(grouped, ids_BT))
+                counts[name][num_adapters], seen = counted(partial(bench.run_ours, ids_BT, segments))
                 expected = bench.run_peft(ids_BT, names_of(segments))
                 tolerance = allowed(bench, expected, bench.run_base(ids_BT))
-                group = f"{bench.prefix}GPU path on {report.settings.device.type}"
-                report.add(Row(group, f"{name}, {num_adapters}", None, None, farthest(seen, expected), tolerance))
+                difference = farthest(seen, expected)
+                report.add(Row(f"{bench.prefix}operations", f"{name}, {num_adapters}", None, None, difference, tolerance))
             counts["base"][num_adapters], _ = counted(partial(bench.run_base, ids_BT))
             names = names_of(even_segments(32, num_adapters))
             counts["peft"][num_adapters], _ = counted(partial(bench.run_peft, ids_BT, names))
     report.extra.setdefault("operations", {})[bench.prefix or "t5"] = counts  # type: ignore[index]
     for name, of in counts.items():
-        growth = max(0, of[COUNTED[-1]] - of[COUNTED[1]]) if name == "ours" else None
+        growth = max(0, of[COUNTED[-1]] - of[COUNTED[1]]) if name.startswith("ours") else None
         note = "operations with " + ", ".join(f"{num_adapters}: {count:,}" for num_adapters, count in of.items())
         report.add(Row(f"{bench.prefix}operations", name, difference=growth, tolerance=0.0, note=note))
-
-
-def forward_grouped(layer: MultiLoraLinear, x_BTI: Tensor) -> Tensor:
-    """One layer as a GPU runs it."""
-    return layer._add_grouped(layer.base(x_BTI), x_BTI, layer._adapted_spans(x_BTI.shape[0]))
 
 
 def counted(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
@@ -237,10 +229,11 @@ def even_segments(num_rows: int, num_adapters: int) -> list[Segment]:
 
 
 def uneven(num_rows: int, num_adapters: int) -> list[Segment]:
-    """Share the rows out so that neighbouring adapters never have equally many."""
+    """Share the rows out so that half of the adapters have three times as many as the others, in the order of `order_by_slot`."""
     mean = num_rows // num_adapters
     shift = 0 if num_adapters == 1 else mean // 2
-    return [Segment(slot, mean + (shift if slot % 2 else -shift)) for slot in range(num_adapters)]
+    slots = [slot for slot in range(num_adapters) for _ in range(mean + (shift if slot % 2 else -shift))]
+    return list(segments_of([slots[row] for row in order_by_slot(slots)]))
 
 
 def names_of(segments: list[Segment]) -> list[str]:

@@ -117,7 +117,7 @@ def test_a_slot_is_not_touched_by_the_others(load, random_adapter, family, dtype
             y = outputs(base, tokens_BT)
         y.float().tanh().flatten(1).mean(1).sum().backward()
         results.append((y.detach(), slots.flat_grad_SP.clone()))
-        torch.optim.AdamW([slots.parameter(1)], lr=0.1).step()
+        torch.optim.AdamW(slots.parameters(1), lr=0.1).step()
     (before, before_SP), (after, after_SP) = results
     others = [0, 1, 2, 5]
     assert torch.equal(before[others], after[others])
