@@ -144,7 +144,8 @@ def test_exported_adapter_gives_the_same_logits_in_plain_peft(load, random_adapt
     card = TaskCard(
         format_version=FORMAT_VERSION, task="mood", description="", base=base.spec, base_fingerprint=base.files.fingerprint,
         scorer_version=SCORER_VERSION, rank=8, scaling=1.5, num_modules=len(slots.layers),
-        canaries=[Canary(columns={"text": "a"}, scores=[0.0, 0.0])], spec_hash="0" * 16, data_fingerprint="0" * 64,
+        canaries=[Canary(columns={"text": "a"}, scores=[0.0, 0.0])], temperature=1.0,
+        spec_hash="0" * 16, data_fingerprint="0" * 64,
         **card_fields(prompt_format),
     )  # fmt: skip
     artifact = write_artifact(Path(tmp_path) / "adapter", card, slots.export(2))
