@@ -108,7 +108,7 @@ def test_prompt_that_fits_is_left_alone(tokenizer):
 def test_long_input_loses_its_end_and_nothing_else(tokenizer, instruction):
     rng = random.Random(1)
     num_truncated = 0
-    for _ in range(25):
+    for _ in range(10):
         text = random_text(rng, 300)
         format_ = prompt_format(instruction, rng.randint(70, 130))
         columns = {"text": text}
@@ -122,12 +122,12 @@ def test_long_input_loses_its_end_and_nothing_else(tokenizer, instruction):
             num_truncated += 1
             # It may cut a few tokens more than it must: merges at the cut, characters of several tokens.
             assert len(prompt.token_ids) >= max(len(ids) for ids in prefixes if len(ids) <= format_.max_length_tokens) - 12
-    assert num_truncated > 10
+    assert num_truncated > 4
 
 
 def test_only_the_longest_column_is_cut(tokenizer):
     rng = random.Random(2)
-    for _ in range(6):
+    for _ in range(3):
         long, short = rng.sample(["title", "body", "sender"], 2)
         columns = dict.fromkeys(["title", "body", "sender"], "six small words are in here")
         columns[long] = random_text(rng, 50) + "word " * 100
