@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from multilora.base_files import Family
-from multilora.errors import AdapterError
+from multilora.errors import AdapterError, OutdatedAdapterError
 from multilora.lora import AdapterTensors
 from multilora.prompt import PromptFormat
 from multilora.spec import BaseSpec, Part, alpha_divisor
@@ -174,7 +174,7 @@ def _read_card(folder: Path) -> TaskCard:
             return TaskCard.model_validate_json(text)
     except (ValidationError, UnicodeDecodeError) as error:
         raise AdapterError(f"{CARD} of adapter folder {folder.name} is broken: {error}") from error
-    raise AdapterError(
+    raise OutdatedAdapterError(
         f"adapter of task {head.task} has card format {head.format_version}, this version reads {FORMAT_VERSION}: "
         f"train it again with `orchestrator submit --force`"
     )

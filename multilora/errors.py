@@ -54,6 +54,10 @@ class AdapterError(MultiLoraError):
     """An adapter artifact does not fit: wrong base, rank, modules, digest, or canary answers."""
 
 
+class OutdatedAdapterError(AdapterError):
+    """An adapter was written by a version of this software whose adapters this one does not read."""
+
+
 class RegistryError(MultiLoraError):
     """MLflow cannot be reached or does not hold what was asked for."""
 

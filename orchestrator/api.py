@@ -24,10 +24,10 @@ from multilora.spec import GateSpec, TaskSpec
 from multilora.spec_files import load_task_specs
 from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
-from orchestrator.controller import TAG_VERDICT, Controller, git_sha
+from orchestrator.controller import TAG_VERDICT, Controller
 from orchestrator.judge import VerdictKind
 from orchestrator.plan import ClusterSize, Plan, plan_groups
-from orchestrator.prepare import PreparedTask, prepare
+from orchestrator.prepare import PreparedTask, git_sha, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report
 from orchestrator.report_page import latest_report, write_report
 from orchestrator.services import query

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import ray
 
 from multilora.artifact import read_artifact
-from multilora.errors import AdapterError, MultiLoraError
+from multilora.errors import AdapterError, MultiLoraError, OutdatedAdapterError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import BaseSpec, spec_hash
 from orchestrator.adapter_run import Member, TrainEvent
@@ -26,7 +25,7 @@ from orchestrator.config import OrchestratorConfig
 from orchestrator.evaluate import EvalItem, load_reports, store_reports
 from orchestrator.judge import GateInput, judge
 from orchestrator.plan import ClusterSize, TrainingGroup, has_room
-from orchestrator.prepare import PreparedTask
+from orchestrator.prepare import PreparedTask, git_sha
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, advance, next_action
 from orchestrator.work import TaskWork, Update
@@ -161,6 +160,8 @@ class Controller:
                 work.reports |= {system: report for (task, system), report in outcome.reports.items() if task == work.task}
                 if work.version and (error := outcome.errors.get(work.version.key)):
                     self._fail(work, error)
+                if work.champion and (error := outcome.errors.get(work.champion.key)) and not work.error:
+                    work.error = f"champion {work.champion.key} cannot be compared: {error}"
         for work in works:
             if work.version and work.version.key in work.reports:
                 store_reports(self._config.answers_file(work.prepared.run_key), work.reports.values())
@@ -302,9 +303,17 @@ class Controller:
             if stored and stored.gate_fingerprint == fingerprint:
                 work.reports[champion.key] = stored
             else:
-                other = self._registry.download(champion, self._config.downloads_dir)
-                base = read_artifact(other).card.base
-                yield base, EvalItem(work.task, champion.version, champion.digest, str(other), gate, fingerprint)
+                try:
+                    other = self._registry.download(champion, self._config.downloads_dir)
+                    base = read_artifact(other).card.base
+                except OutdatedAdapterError as error:
+                    # Nothing can serve it any more, so there is no production answer to compare with.
+                    logger.warning("champion outdated, judging as a first version task=%s error=%s", work.task, error)
+                    work.champion = None
+                except AdapterError as error:
+                    work.error = f"champion {champion.key} cannot be compared: {error}"
+                else:
+                    yield base, EvalItem(work.task, champion.version, champion.digest, str(other), gate, fingerprint)
 
     def _items_of_untouched(self, judged: set[str]) -> dict[tuple[BaseSpec, str], EvalItem]:
         items = {}
@@ -337,12 +346,3 @@ class Controller:
         points += [(f"gate/{name}", error, 0, now) for name, error in work.reports[work.version.key].calibration_errors.items()]
         self._registry.log_metrics(work.run.run_id, points)
         self._registry.log_texts(work.run.run_id, {"gate_answers.json": work.reports[work.version.key].to_json()})
-
-
-def git_sha() -> str:
-    """Commit of the folder that the command runs in; empty outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return found.stdout.strip()

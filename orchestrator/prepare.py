@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -109,3 +110,12 @@ def _prefixed(task: str, where: str) -> str:
 def _run_key(spec: TaskSpec, dataset: TaskDataset, files: BaseFiles) -> str:
     parts = [spec.name, spec_hash(spec), dataset.fingerprint, files.fingerprint]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def git_sha() -> str:
+    """Commit of the folder that the command runs in; empty outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return found.stdout.strip()

@@ -5,6 +5,7 @@ The registry is a fake that forgets nothing; training and evaluation, which need
 
 import json
 import math
+import re
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -248,3 +249,31 @@ def test_a_failure_that_a_restarted_worker_reports_again_is_one_failure(task, ad
         events = [TrainEvent(kind, "mood", task.run_key, 0, 1, 0, message="loss is not finite") for kind in ("started", "failed")]
         controller._handle(events, {task.run_key: work})
         assert (work.status, work.error) == (Status.FAILED, "loss is not finite")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "champion", "error"),
+    [
+        (lambda card: card.update(format_version=1), None, ""),
+        (lambda card: card.update(family="no family"), OTHER.key, "champion mood@1 cannot be compared: task_card.json .*broken"),
+    ],
+    ids=["of an older version", "broken"],
+)
+def test_a_champion_that_cannot_be_read_ends_nobodys_submission(task, adapter_dir, tmp_path, spoil, champion, error):
+    """One that no server of this version can serve does not stand in the way; one that is broken is an error of its task."""
+    registry = registry_with(champion=True)
+    folders = {1: tmp_path / "champion", 2: adapter_dir}
+    shutil.copytree(adapter_dir, folders[1])
+    card_file = folders[1] / "task_card.json"
+    card = json.loads(card_file.read_text(encoding="utf-8"))
+    spoil(card)
+    card_file.write_text(json.dumps(card), encoding="utf-8")
+    registry.download = lambda version, folder: folders[version.version]
+    controller = Controller(OrchestratorConfig(workspace=tmp_path / "workspace"), registry, lambda update: None)
+    work = controller.observe(task)
+    work.version = AdapterVersion("mood", 2, "digest", "run", {})
+    items = [item for _, item in controller._items_of(work)]
+    assert [item.version for item in items] == [2]
+    assert (work.champion and work.champion.key) == champion
+    assert bool(work.error) == bool(error)
+    assert re.match(error, work.error)
