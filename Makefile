@@ -20,8 +20,8 @@ demo: $(READY)
 
 # Two processes share the unit tests; an end-to-end test wants the machine for itself.
 test: $(READY)
-	$(UNIT) -m "not e2e and not slow"
-	$(BIN)/python -m pytest -m "e2e or slow"
+	$(UNIT) -m "not e2e"
+	$(BIN)/python -m pytest -m e2e
 
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"

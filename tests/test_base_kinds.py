@@ -23,6 +23,8 @@ from multilora.segments import Segment
 from multilora.target_modules import match_modules
 from serve.engine import Engine, Work
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("mt5", "bart", "gpt2", "qwen2", "roberta")
 AUTO_CLASS = {"seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel, "causal": AutoModelForCausalLM}
 TOLERANCE = 1e-4

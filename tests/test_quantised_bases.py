@@ -23,6 +23,8 @@ from multilora.spec import BaseSpec
 from multilora.target_modules import match_modules
 from serve.engine import Engine, Work
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-3
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 SENTENCES = ("I lost my card on the train.", "Is the shop open on Sunday?", "x", "Thank you, that was quick and very kind.")

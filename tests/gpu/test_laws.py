@@ -35,7 +35,7 @@ LAYOUTS = (
 )
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 def device(request):
     """The CPU, and a GPU where there is one. torch leaves TF32 off, so float32 means float32 there too."""
     return request.param
