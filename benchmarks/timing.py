@@ -119,7 +119,7 @@ class Report:
 
 
 def read_settings(description: str, quick_rounds: int, full_rounds: int, *, has_cuda: bool = True) -> Settings:
-    """Parse the command line and set the threads: as many as there are physical cores."""
+    """Parse the command line and set the threads: as many as there are cores."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and only what the named ratios need")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
@@ -127,7 +127,7 @@ def read_settings(description: str, quick_rounds: int, full_rounds: int, *, has_
     if has_cuda:
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args()
-    torch.set_num_threads(min(os.cpu_count() or 1, psutil.cpu_count(logical=False) or 1))
+    torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device(given.device if has_cuda else "cpu")
     return Settings(given.quick, given.json, given.rounds or (quick_rounds if given.quick else full_rounds), device)
 

@@ -28,6 +28,8 @@ from orchestrator.report_page import summary_rows, write_report
 from orchestrator.trainer import GroupTrainer
 from serve.engine import NO_LABELS, Engine, ScoringRow, Work
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("seq2seq", "causal")
 ANSWERS = ("card lost", "rate please", "Thank you very much indeed for the help with the new card")
 

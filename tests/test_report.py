@@ -342,6 +342,7 @@ def test_calibration_errors_with_and_without_the_temperature(tmp_path: Path) -> 
     assert "the temperature 2.00 that was fitted on the select split; by 15.0 % without." in text
 
 
+@pytest.mark.slow
 def test_two_hundred_tasks_stay_small(tmp_path: Path) -> None:
     labels = [f"label {i}" for i in range(77)]
     gold = labels * 4

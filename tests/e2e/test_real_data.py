@@ -11,8 +11,27 @@ import yaml
 
 from e2e.conftest import MINILM, SHARED, CommandLine, needs_minilm, write_spec
 
-TASKS = ("snips", "banking77", "scicite")
-NUM_TRAIN, NUM_GATE = 400, 200
+# What the data sets' own pages say of their labels; of banking77's 77 they only repeat the names.
+MEANINGS: dict[str, dict[str, str | None]] = {
+    "banking77": {},
+    "snips": {
+        "add to playlist": "add a song or artist to a playlist",
+        "book restaurant": "book a table",
+        "get weather": "ask for the weather",
+        "play music": "play music",
+        "rate book": "give a rating to a book",
+        "search creative work": "look for a film, book, game, song",
+        "search screening event": "ask for cinema showtimes",
+    },
+    "scicite": {
+        "background": "the citation gives background information",
+        "method": "it is used for a method, tool or data",
+        "result": "it compares results",
+    },
+}
+NUM_TRAIN, NUM_GATE = 400, 600
+# Chosen by accuracy on 1,000 rows kept out of the train files, several seeds a task. No gate row had a part in it.
+TRAIN = {"epochs": 5, "learning_rate": 2e-3, "max_examples": NUM_TRAIN}
 
 
 def rows_of(name: str, split: str) -> list[dict[str, str]]:
@@ -27,16 +46,14 @@ def rows_of(name: str, split: str) -> list[dict[str, str]]:
 @pytest.mark.slow
 @needs_minilm()
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
-def test_three_public_tasks_beat_the_base_and_on_average_tf_idf(cli: CommandLine, tmp_path: Path) -> None:
+def test_each_public_task_beats_the_base_and_tf_idf(cli: CommandLine, tmp_path: Path) -> None:
     specs = []
-    for name in TASKS:
+    for name, meanings in MEANINGS.items():
         train = rows_of(name, "train")
         seen = {row["text"] for row in train}
         gate = [row for row in rows_of(name, "test") if row["text"] not in seen][:NUM_GATE]
-        labels = sorted({row["label"] for row in train})
-        file = write_spec(
-            tmp_path, name, train, MINILM, dict.fromkeys(labels), epochs=5, learning_rate=2e-3, max_examples=NUM_TRAIN
-        )
+        labels = dict.fromkeys(sorted({row["label"] for row in train})) | meanings
+        file = write_spec(tmp_path, name, train, MINILM, labels, **TRAIN)
         (tmp_path / f"{name}-gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gate), encoding="utf-8")
         spec = yaml.safe_load(file.read_text(encoding="utf-8"))
         spec["data"]["gate"] = f"{name}-gate.jsonl"
@@ -45,13 +62,11 @@ def test_three_public_tasks_beat_the_base_and_on_average_tf_idf(cli: CommandLine
 
     report = cli.json("submit", *specs)
 
-    adapters, tf_idf = [], []
+    assert {task["task"] for task in report["tasks"]} == set(MEANINGS)
     for task in report["tasks"]:
         baselines = {result["system"]: result["value"] for result in task["baselines"]}
         accuracy = task["candidate_result"]["value"]
         assert task["num_examples"] == NUM_GATE
-        assert accuracy > baselines["zero-shot"], f"{task['task']}: {accuracy} against {baselines}"
+        for system in ("zero-shot", "tf-idf"):
+            assert accuracy > baselines[system], f"{task['task']}: {accuracy} against {baselines}"
         assert task["decision"] == "promoted"
-        adapters.append(accuracy)
-        tf_idf.append(baselines["tf-idf"])
-    assert sum(adapters) > sum(tf_idf), f"{adapters} against {tf_idf}"
