@@ -34,8 +34,9 @@ from transformers import PreTrainedModel
 from benchmarks.shapes import DTYPES, RANK, build_model, peft_copy, peft_layers, peft_tensors, shared_copy
 from benchmarks.synthetic import LEARNING_RATE, Task, group_of, tasks_of
 from benchmarks.timing import Report, Row, gemm_flops, has_fast_bf16, interleave, median, ratio, read_settings, seconds_of
+from multilora.spec import TrainSpec
 from multilora.target_modules import match_modules
-from orchestrator.trainer import MAX_GRAD_NORM, GroupTrainer
+from orchestrator.trainer import GroupTrainer
 
 SIZES = {"cpu": {"short": (4, 32), "long": (8, 128)}, "cuda": {"short": (8, 64)}}
 """(rows, tokens) of one adapter's batch."""
@@ -75,7 +76,7 @@ class PeftLoop:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
             loss = self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), labels=labels_BT, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(self.parameters, TrainSpec().max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / self.task.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()

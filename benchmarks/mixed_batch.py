@@ -38,6 +38,14 @@ NUM_TOKENS, NUM_TOKENS_SLOW = 64, 2
 PREFIXES = {"cpu": {"flan-t5-small": "", "minilm": "minilm_"}, "cuda": {"flan-t5-base": "", "minilm": "minilm_"}}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 """Share of the largest output by which equal results may differ; bfloat16 has 8 bits of mantissa."""
+QUICK = {
+    "all_linear_fp32": [1, 16, 32],
+    "qv_fp32": [16],
+    "all_linear_bf16": [16],
+    "minilm_all_linear_fp32": [16],
+    "minilm_qv_fp32": [16],
+}
+"""Groups of a quick run with their numbers of adapters."""
 COUNTED = (1, 4, 16)
 """Numbers of adapters whose operations are counted."""
 
@@ -117,13 +125,12 @@ def main() -> int:
         for dtype in DTYPES:
             model.to(DTYPES[dtype])
             for target in adapted:
-                if settings.is_quick and (target, dtype) == ("qv", "bf16"):
+                group = f"{prefix}{target}_{dtype}"
+                if settings.is_quick and group not in QUICK:
                     continue
-                is_first = (target, dtype) == ("all_linear", "fp32")
-                quick_counts = [1, 16, 32] if is_first else [16]
                 bench = prepare(prefix, target, dtype, model, adapted[target].to(DTYPES[dtype]))
-                measure(bench, report, quick_counts if settings.is_quick else [1, 4, 16, 32, 64], num_rows)
-                if is_first:
+                measure(bench, report, QUICK[group] if settings.is_quick else [1, 4, 16, 32, 64], num_rows)
+                if group == "all_linear_fp32":
                     count_operations(bench, report)
     return report.finish()
 
@@ -196,7 +203,7 @@ def count_operations(bench: Bench, report: Report) -> None:
 
     Segments of equal length are one product: evenly shared rows are one, unevenly shared ones here are two.
     """
-    ids_BT = bench.tokens(32, 8)
+    ids_BT = bench.tokens(32, 2)
     counts: dict[str, dict[int, int]] = {"base": {}, "ours": {}, "ours, uneven rows": {}, "peft": {}}
     for num_adapters in COUNTED:
         with torch.inference_mode():

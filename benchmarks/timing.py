@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -26,7 +27,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 QUICK_S = 2.5
-"""A quick run starts no further round of a group after this long."""
+"""A quick run starts no further round of a group after this long, unless the rounds were asked for."""
 LIBRARIES = ("torch", "transformers", "peft")
 Times = Mapping[str, list[float]]
 """Variant -> seconds of each round."""
@@ -39,6 +40,8 @@ class Settings:
     is_quick: bool
     json_file: Path | None
     num_rounds: int
+    max_s: float
+    """No further round of a group starts after this many seconds."""
     device: torch.device
 
 
@@ -129,7 +132,9 @@ def read_settings(description: str, quick_rounds: int, full_rounds: int, *, has_
     given = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device(given.device if has_cuda else "cpu")
-    return Settings(given.quick, given.json, given.rounds or (quick_rounds if given.quick else full_rounds), device)
+    num_rounds = given.rounds or (quick_rounds if given.quick else full_rounds)
+    max_s = QUICK_S if given.quick and not given.rounds else math.inf
+    return Settings(given.quick, given.json, num_rounds, max_s, device)
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, list[float]]:
@@ -137,7 +142,7 @@ def interleave(variants: Mapping[str, Callable[[], object]], settings: Settings)
     times: dict[str, list[float]] = {name: [] for name in variants}
     start = time.perf_counter()
     for number in range(settings.num_rounds):
-        if number and settings.is_quick and time.perf_counter() - start > QUICK_S:
+        if number and time.perf_counter() - start > settings.max_s:
             break
         for name, run in variants.items():
             times[name].append(seconds_of(run, settings.device))

@@ -29,8 +29,8 @@ MEANINGS: dict[str, dict[str, str | None]] = {
         "result": "it compares results",
     },
 }
-NUM_TRAIN, NUM_GATE = 400, 600
-# Chosen by accuracy on 1,000 rows kept out of the train files, several seeds a task. No gate row had a part in it.
+NUM_TRAIN, NUM_GATE = 400, 1000
+# Settings were fixed before any gate row was looked at, on rows kept out of the train files (snips two seeds, the others one).
 TRAIN = {"epochs": 5, "learning_rate": 2e-3, "max_examples": NUM_TRAIN}
 
 
@@ -47,11 +47,12 @@ def rows_of(name: str, split: str) -> list[dict[str, str]]:
 @needs_minilm()
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
 def test_each_public_task_beats_the_base_and_tf_idf(cli: CommandLine, tmp_path: Path) -> None:
-    specs = []
+    specs, num_gate = [], {}
     for name, meanings in MEANINGS.items():
         train = rows_of(name, "train")
         seen = {row["text"] for row in train}
         gate = [row for row in rows_of(name, "test") if row["text"] not in seen][:NUM_GATE]
+        num_gate[name] = len(gate)
         labels = dict.fromkeys(sorted({row["label"] for row in train})) | meanings
         file = write_spec(tmp_path, name, train, MINILM, labels, **TRAIN)
         (tmp_path / f"{name}-gate.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gate), encoding="utf-8")
@@ -66,7 +67,7 @@ def test_each_public_task_beats_the_base_and_tf_idf(cli: CommandLine, tmp_path: 
     for task in report["tasks"]:
         baselines = {result["system"]: result["value"] for result in task["baselines"]}
         accuracy = task["candidate_result"]["value"]
-        assert task["num_examples"] == NUM_GATE
+        assert task["num_examples"] == num_gate[task["task"]] > 600
         for system in ("zero-shot", "tf-idf"):
             assert accuracy > baselines[system], f"{task['task']}: {accuracy} against {baselines}"
         assert task["decision"] == "promoted"
