@@ -7,6 +7,7 @@ that is slower for a while slows both sides of a ratio.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -150,12 +151,16 @@ def interleave(variants: Mapping[str, Callable[[], object]], settings: Settings)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Time one call, the work that it left on a GPU included."""
+    """Time one call, the work that it left on a GPU included; as in timeit, the garbage collector waits."""
+    gc.collect()
+    gc.disable()
     start = time.perf_counter()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    gc.enable()
+    return seconds
 
 
 def ratio(times: Times, numerator: str, denominator: str) -> float:

@@ -8,6 +8,7 @@ Dims: L answers, N inner nodes with the root first, E edges.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from multilora.errors import AdapterError
+
+T5_KINDS = ("t5", "mt5")
+"""Positions are a bias on the attention of the first layer, which all layers share."""
+BART_KINDS = ("bart", "mbart")
+"""Positions are embeddings."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,16 @@ class AnswerTree:
         return int(self.depths_N[-1]) == len(self.token_ids)
 
 
+def check_scorable(model: PreTrainedModel) -> None:
+    """Raise AdapterError for a model that cannot be given the positions of a tree's tokens."""
+    kind = model.config.model_type
+    if model.config.is_encoder_decoder:
+        if kind not in (*T5_KINDS, *BART_KINDS):
+            raise AdapterError(f"encoder-decoders of type {kind} cannot be scored; use {', '.join((*T5_KINDS, *BART_KINDS))}")
+    elif not {"position_ids", "logits_to_keep"} <= set(inspect.signature(model.forward).parameters):
+        raise AdapterError(f"models of type {kind} cannot be scored: they take no position_ids; use Llama, Qwen or GPT-2")
+
+
 def laid_out(trees: Sequence[AnswerTree], width: int) -> tuple[Tensor, Tensor]:
     """Pad trees to `width` nodes: who reads whom [B, N, N], padding only itself, and depths [B, N]."""
     reads_BNN = torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
@@ -83,12 +100,9 @@ def laid_out(trees: Sequence[AnswerTree], width: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def decoder_positions(model: Any, depths_BN: Tensor) -> Iterator[None]:
-    """Make an encoder-decoder's decoder take positions from `depths_BN`; transformers offers no argument for that.
-
-    Raises AdapterError for a kind of model whose positions are not known here.
-    """
-    kind, decoder = model.config.model_type, model.get_decoder()
-    if kind in ("t5", "mt5"):
+    """Make an encoder-decoder's decoder take positions from `depths_BN`; transformers offers no argument for that."""
+    decoder = model.get_decoder()
+    if model.config.model_type in T5_KINDS:
         attention = decoder.block[0].layer[0].SelfAttention  # computes the bias that all layers share
         bias_BHNN = _t5_bias(attention, depths_BN)
 
@@ -96,12 +110,10 @@ def decoder_positions(model: Any, depths_BN: Tensor) -> Iterator[None]:
             return args, {**options, "position_bias": bias_BHNN}
 
         hook = attention.register_forward_pre_hook(with_bias, with_kwargs=True)
-    elif kind in ("bart", "mbart"):
+    else:
         embedding = decoder.embed_positions
         embedded_BNH = F.embedding(depths_BN + embedding.offset, embedding.weight)
         hook = embedding.register_forward_hook(lambda module, args, output: embedded_BNH)
-    else:
-        raise AdapterError(f"encoder-decoder models of type {kind} cannot be scored; use t5, mt5, bart or mbart")
     try:
         yield
     finally:

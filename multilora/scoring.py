@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor
 
-from multilora.answer_tree import AnswerTree, decoder_positions, laid_out
+from multilora.answer_tree import AnswerTree, check_scorable, decoder_positions, laid_out
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError
 from multilora.lora import AdapterSlots
@@ -72,6 +72,7 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
     if base.family == "encoder":
         token_ids = tuple(tuple(base.tokenizer(text)["input_ids"]) for text in label_wordings(prompt_format.labels))
     else:
+        check_scorable(base.model)
         token_ids = tuple(_answer_ids(base, name) for name in names)
     if len(set(token_ids)) < len(names):
         raise AdapterError(f"two of the labels {', '.join(names)} are the same tokens to base {base.spec.model}; reword one")

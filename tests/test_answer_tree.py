@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM
 
-from multilora.answer_tree import AnswerTree, laid_out
+from multilora.answer_tree import AnswerTree, check_scorable, laid_out
+from multilora.errors import AdapterError
 
 END = 1
 SHARED = ((5, 6, END), (5, 7, END), (5, END), (8, END))
@@ -43,3 +45,15 @@ def test_padding_reads_only_itself():
         assert torch.equal(reads_BNN[row, tree.num_nodes :], torch.eye(8, dtype=torch.bool)[tree.num_nodes :])
         assert not reads_BNN[row, : tree.num_nodes, tree.num_nodes :].any()
     assert depths_BN[1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_models_that_take_no_positions_are_refused(fresh_base, family):
+    if family != "encoder":
+        check_scorable(fresh_base(family).model)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(AdapterError, match="models of type bloom cannot be scored: they take no position_ids; use Llama"):
+        check_scorable(bloom)
+    other = fresh_base("seq2seq").model
+    other.config.model_type = "pegasus"
+    with pytest.raises(AdapterError, match="encoder-decoders of type pegasus cannot be scored; use t5, mt5, bart, mbart"):
+        check_scorable(other)
