@@ -16,7 +16,7 @@ from torch import Tensor
 
 from multilora.base_model import FrozenBase
 from multilora.lora import AdapterSlots
-from multilora.scoring import PAD_MULTIPLE, ScoringRow
+from multilora.scoring import ScoringRow, padded
 from multilora.segments import order_by_slot, segments_of
 
 
@@ -70,7 +70,7 @@ class _Batch:
         self._cache: Any = None
         self._encoded_BTH: Tensor | None = None
         # Without an encoder the answer goes on where the prompt ends, so all prompts must end at the same position.
-        self._ids_BT, self._mask_BT = _padded(base, [row.token_ids for row in rows], on_left=base.family == "causal")
+        self._ids_BT, self._mask_BT = padded(base, [row.token_ids for row in rows], is_left=base.family == "causal")
         if base.family == "seq2seq":
             with slots.using(segments_of(self._row_slots)):
                 encoder = self._model.get_encoder()
@@ -102,15 +102,3 @@ class _Batch:
         if self._encoded_BTH is not None:
             self._encoded_BTH = self._encoded_BTH[chosen]
         self._cache.batch_select_indices(chosen)
-
-
-def _padded(base: FrozenBase, token_rows: Sequence[Sequence[int]], *, on_left: bool) -> tuple[Tensor, Tensor]:
-    """Pad to a multiple of 8 positions; ids and mask [B, T]."""
-    width = -(-max(map(len, token_rows)) // PAD_MULTIPLE) * PAD_MULTIPLE
-    ids_BT = torch.full((len(token_rows), width), base.pad_id, dtype=torch.long)
-    mask_BT = torch.zeros((len(token_rows), width), dtype=torch.long)
-    for index, ids in enumerate(token_rows):
-        real = slice(width - len(ids), None) if on_left else slice(len(ids))
-        ids_BT[index, real] = torch.tensor(ids)
-        mask_BT[index, real] = 1
-    return ids_BT.to(base.device), mask_BT.to(base.device)

@@ -221,7 +221,7 @@ class MultiLoraLinear(nn.Module):
             x_BTI = x_BTI * self._dropout_mask(x_BTI, routing.dropout_keys, runs)
         x_BTI = x_BTI.to(y_BTO.dtype).contiguous()
         if torch.is_grad_enabled() and type(self.base) is not nn.Linear:
-            # The 8-bit layer of bitsandbytes returns a view that autograd lets nobody change in place.
+            # A quantised layer may return a view that autograd lets nobody change in place.
             y_BTO = y_BTO.clone()
         updated: Tensor = _AddUpdates.apply(y_BTO, x_BTI, self.a_SRI, self, runs)  # type: ignore[no-untyped-call]
         return updated

@@ -130,7 +130,7 @@ def answer_losses(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringR
 
 def _pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> Tensor:
     """Mean-pool the last hidden states over real tokens and scale to unit length [B, H], float32."""
-    ids_BT, mask_BT = _padded(base, [row.token_ids for row in rows])
+    ids_BT, mask_BT = padded(base, [row.token_ids for row in rows])
     with _routed(slots, rows):
         hidden_BTH = base.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
     weights_BT1 = mask_BT[..., None].float()
@@ -157,9 +157,9 @@ def _seq2seq_logits(
 ) -> Tensor:
     """Encode each prompt once and decode its tree against it: logits [B, N, V] of what follows each node."""
     model: Any = base.model
-    ids_BT, mask_BT = _padded(base, [row.token_ids for row in rows])
+    ids_BT, mask_BT = padded(base, [row.token_ids for row in rows])
     start = int(model.config.decoder_start_token_id)
-    nodes_BN, _ = _padded(base, [(start, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
+    nodes_BN, _ = padded(base, [(start, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
     reads_B1NN: Tensor | None = None
     positions: AbstractContextManager[None] = nullcontext()
     if not all(tree.is_chain for tree in trees):  # chains, as in training, are ordinary texts
@@ -183,8 +183,8 @@ def _causal_logits(
     """Run prompt and tree as one row, the prompt's last token as the root: logits [B, N, V] of what follows each node."""
     model: Any = base.model
     # Padding stands on the left, so that the nodes of all rows are at the same positions.
-    prompt_BT, is_prompt_BT = _padded(base, [row.token_ids for row in rows], is_left=True)
-    nodes_BN, _ = _padded(base, [(base.pad_id, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
+    prompt_BT, is_prompt_BT = padded(base, [row.token_ids for row in rows], is_left=True)
+    nodes_BN, _ = padded(base, [(base.pad_id, *tree.token_ids) for tree in trees], NODE_MULTIPLE)
     reads_BNN, depths_BN = (part.to(base.device) for part in laid_out(trees, nodes_BN.shape[1]))
     num_prompt_B1, num_nodes = is_prompt_BT.sum(1, keepdim=True), nodes_BN.shape[1]
     before_BT = torch.arange(prompt_BT.shape[1], device=base.device) - prompt_BT.shape[1] + num_prompt_B1
@@ -228,7 +228,7 @@ def _routed(slots: AdapterSlots, rows: Sequence[ScoringRow]) -> AbstractContextM
     return slots.using(segments_of([row.slot for row in rows]), [key or 0 for key in keys] if is_training else None)
 
 
-def _padded(
+def padded(
     base: FrozenBase, token_rows: Iterable[Sequence[int]], multiple: int = PAD_MULTIPLE, *, is_left: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Pad to a multiple of some positions (few distinct shapes keep memory flat); ids and mask [B, T]."""
