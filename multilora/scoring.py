@@ -54,6 +54,11 @@ class LabelSet:
         """All answers as one tree."""
         return AnswerTree.of(self.token_ids, is_mean=self.is_mean)
 
+    @cached_property
+    def chains(self) -> tuple[AnswerTree, ...]:
+        """Each answer alone, scored by the mean over its tokens: what training looks at in every step."""
+        return tuple(AnswerTree.of([answer], is_mean=True) for answer in self.token_ids)
+
 
 @dataclass(frozen=True)
 class ScoringRow:
@@ -121,7 +126,7 @@ def answer_losses(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringR
         return torch.stack([-F.log_softmax(s, dim=-1)[label] for s, label in zip(scores, gold, strict=True)])
     order = order_by_slot([row.slot for row in rows])
     ordered = [rows[index] for index in order]
-    chains = [AnswerTree.of([rows[index].labels.token_ids[gold[index]]], is_mean=True) for index in order]
+    chains = [rows[index].labels.chains[gold[index]] for index in order]
     losses_B = -torch.cat(_tree_scores(base, slots, ordered, chains))
     inverse = torch.empty(len(order), dtype=torch.long)
     inverse[torch.tensor(order)] = torch.arange(len(order))
