@@ -240,7 +240,7 @@ def uneven(num_rows: int, num_adapters: int) -> list[Segment]:
     mean = num_rows // num_adapters
     shift = 0 if num_adapters == 1 else mean // 2
     slots = [slot for slot in range(num_adapters) for _ in range(mean + (shift if slot % 2 else -shift))]
-    return list(segments_of([slots[row] for row in order_by_slot(slots)]))
+    return list(segments_of([slots[row] for row in order_by_slot(slots, [RANK] * num_adapters)]))
 
 
 def names_of(segments: list[Segment]) -> list[str]:

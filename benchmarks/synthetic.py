@@ -57,7 +57,7 @@ def base_of(model: PreTrainedModel) -> FrozenBase:
     """Give a model a tokenizer to which every word is one token."""
     tokenizer = T5Tokenizer(vocab=[(piece, -1.0) for piece in PIECES], extra_ids=0)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    files = BaseFiles(Path(), "seq2seq", "synthetic", num_parameters, model.config.num_layers, model.config.d_model, 0, None)
+    files = BaseFiles(Path(), "seq2seq", "synthetic", num_parameters, model.config.num_layers, model.config.d_model, 0, 0, None)
     return FrozenBase(BaseSpec(model="/synthetic"), files, model, tokenizer, model.device)
 
 

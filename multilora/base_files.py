@@ -26,6 +26,10 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json
 POSITIONS_AFTER_PADDING = ("camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
                            "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")  # fmt: skip
 """Model types that count positions from the padding token's id + 1; the positions before are never used."""
+NOT_LINEAR = re.compile(r"(^|\.)(shared|wte|wpe|lm_head|embed\w*|\w*embeddings|relative_attention_bias)\.weight$")
+"""Matrices that are embeddings or an output head."""
+NOT_QUANTISED = re.compile(r"\.wo\.weight$")
+"""Linear layers that transformers leaves in their dtype: T5's, whose values are large."""
 DECISIVE = re.compile(r"(config\.json|.*\.safetensors|tokenizer\.json|tokenizer_config\.json|spiece\.model|vocab\..*)$")
 
 
@@ -56,7 +60,10 @@ class BaseFiles:
     num_parameters: int
     num_layers: int
     hidden_size: int
-    num_weight_bytes: int
+    num_quantised: int
+    """Parameters that loading in 8 or 4 bits makes smaller."""
+    num_linear_features: int
+    """In and out features of all linear layers together: the parameters of an adapter of rank 1."""
     max_positions: int | None
     """Longest input in tokens that the base has positions for, or was trained on; None where positions are relative (T5)."""
 
@@ -76,14 +83,16 @@ def find_base(spec: BaseSpec) -> BaseFiles:
     # Without a vocabulary transformers silently builds a tokenizer that knows no word.
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise _problem(spec, "has no tokenizer", "add its tokenizer.json, which tokenizer.save_pretrained writes")
+    counts = [_count_parameters(file, spec) for file in weights]
     return BaseFiles(
         folder=folder,
         family=_family(config),
         fingerprint=_fingerprint(folder, spec),
-        num_parameters=sum(_count_parameters(file, spec) for file in weights),
-        num_layers=int(config.get("num_hidden_layers") or config.get("num_layers") or config.get("n_layer") or 1),
-        hidden_size=int(config.get("hidden_size") or config.get("d_model") or config.get("n_embd") or 1),
-        num_weight_bytes=sum(file.stat().st_size for file in weights),
+        num_parameters=sum(every for every, _, _ in counts),
+        num_layers=_first(config, "num_hidden_layers", "num_layers", "n_layer", "encoder_layers"),
+        hidden_size=_first(config, "hidden_size", "d_model", "n_embd"),
+        num_quantised=sum(quantised for _, quantised, _ in counts),
+        num_linear_features=sum(features for _, _, features in counts),
         max_positions=_max_positions(config),
     )
 
@@ -123,6 +132,10 @@ def _max_positions(config: dict[str, Any]) -> int | None:
     return int(num_positions) - num_skipped
 
 
+def _first(config: dict[str, Any], *names: str) -> int:
+    return next((int(config[name]) for name in names if config.get(name)), 1)
+
+
 def _fingerprint(folder: Path, spec: BaseSpec) -> str:
     digest = hashlib.sha256(f"{spec.dtype} {spec.quantization}".encode())
     for file in sorted(folder.iterdir()):
@@ -140,12 +153,17 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _count_parameters(file: Path, spec: BaseSpec) -> int:
+def _count_parameters(file: Path, spec: BaseSpec) -> tuple[int, int, int]:
+    """Count all parameters, those that quantisation shrinks, and the in and out features of linear layers."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118  no mapping
+            shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  no mapping
     except SafetensorError as error:
         raise _problem(spec, f"{file.name} of the base is broken: {error}", "save or download the base again") from error
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name.endswith("weight")}
+    linear = {name: shape for name, shape in matrices.items() if not NOT_LINEAR.search(name)}
+    quantised = [math.prod(shape) for name, shape in linear.items() if not NOT_QUANTISED.search(name)]
+    return sum(map(math.prod, shapes.values())), sum(quantised), sum(map(sum, linear.values()))
 
 
 def _problem(spec: BaseSpec, rule: str, fix: str) -> SpecError:

@@ -32,7 +32,7 @@ def generate(
     if not rows:
         return []
     answers: list[list[int]] = [[] for _ in rows]
-    alive = order_by_slot([row.slot for row in rows])
+    alive = order_by_slot([row.slot for row in rows], slots.ranks)
     batch = _Batch(base, slots, [rows[index] for index in alive])
     ends = end_ids(base)
     while alive:

@@ -255,7 +255,7 @@ class MultiLoraLinear(nn.Module):
 
 
 class _AddUpdates(torch.autograd.Function):
-    """Add the updates in place, a run of equally long segments as one batched product, and the gradients straight into the
+    """Add the updates in place, a run of like segments as one batched product, and the gradients straight into the
     flat matrix: few operations, however many adapters, and few bytes moved.
 
     Products have the rank as their first dimension (A x^T, not x A^T), which CPU libraries do faster.

@@ -1,4 +1,4 @@
-"""How the rows of a forward pass reach their slots: neighbouring segments of equal length become one batched product.
+"""How the rows of a forward pass reach their slots: neighbours of equal length and like rank become one batched product.
 
 Dims: G segments of a run, N rows x positions of one segment, F features.
 """
@@ -18,7 +18,7 @@ from multilora.segments import Segment, equal_runs
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring segments of equal length."""
+    """Neighbouring segments of equal length and like rank."""
 
     slots: tuple[int, ...]
     start: int
@@ -72,7 +72,7 @@ class Routing:
             if empty:
                 raise AdapterError(f"slot {empty[0]} is empty")
             spans = [span for span in self._spans if span[0] in wanted]
-            self._runs_of[wanted] = [_run(run, ranks, scalings, device) for run in equal_runs(spans)]
+            self._runs_of[wanted] = [_run(run, ranks, scalings, device) for run in equal_runs(spans, ranks)]
         return self._runs_of[wanted]
 
 

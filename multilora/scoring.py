@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from multilora.answer_tree import AnswerTree, check_scorable, decoder_positions, laid_out
 from multilora.base_model import FrozenBase
@@ -106,7 +107,7 @@ def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRo
 
     Gradients flow to the adapters unless the caller turned them off.
     """
-    order = order_by_slot([row.slot for row in rows])
+    order = order_by_slot([row.slot for row in rows], slots.ranks)
     ordered = [rows[index] for index in order]
     if base.family == "encoder":
         pooled_BH = _pooled(base, slots, ordered)
@@ -124,7 +125,7 @@ def answer_losses(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringR
     if base.family == "encoder":
         scores = score_labels(base, slots, rows)
         return torch.stack([-F.log_softmax(s, dim=-1)[label] for s, label in zip(scores, gold, strict=True)])
-    order = order_by_slot([row.slot for row in rows])
+    order = order_by_slot([row.slot for row in rows], slots.ranks)
     ordered = [rows[index] for index in order]
     chains = [rows[index].labels.chains[gold[index]] for index in order]
     losses_B = -torch.cat(_tree_scores(base, slots, ordered, chains))
@@ -148,13 +149,19 @@ def _tree_scores(
     """Score the answers of each row's tree after its prompt, float32 [L] per row; rows sorted by slot."""
     logits_of = _seq2seq_logits if base.family == "seq2seq" else _causal_logits
     logits_BNV = logits_of(base, slots, rows, trees).float()
-    num_edges = [tree.paths_LE.shape[1] for tree in trees]
-    rows_E = torch.arange(len(trees)).repeat_interleave(torch.tensor(num_edges)).to(base.device)
-    nodes_E = torch.cat([tree.edge_nodes_E for tree in trees]).to(base.device)
-    tokens_E = torch.cat([tree.edge_tokens_E for tree in trees]).to(base.device)
-    logprobs_E = logits_BNV[rows_E, nodes_E, tokens_E] - logits_BNV.logsumexp(-1)[rows_E, nodes_E]
-    of_rows = torch.split(logprobs_E, num_edges)
-    return tuple(tree.paths_LE.to(base.device) @ of_row_E for tree, of_row_E in zip(trees, of_rows, strict=True))
+    # Padding is an edge and a label of weight zero; one copy of each to the device, however many rows.
+    nodes_BE, tokens_BE = (
+        pad_sequence(edges, batch_first=True).to(base.device)
+        for edges in ([tree.edge_nodes_E for tree in trees], [tree.edge_tokens_E for tree in trees])
+    )
+    num_labels = [len(tree.paths_LE) for tree in trees]
+    paths_BLE = torch.zeros(len(trees), max(num_labels), nodes_BE.shape[1])
+    for row, tree in enumerate(trees):
+        paths_BLE[row, : tree.paths_LE.shape[0], : tree.paths_LE.shape[1]] = tree.paths_LE
+    rows_B1 = torch.arange(len(trees), device=base.device)[:, None]
+    logprobs_BE = logits_BNV[rows_B1, nodes_BE, tokens_BE] - logits_BNV.logsumexp(-1)[rows_B1, nodes_BE]
+    scores_BL = torch.bmm(paths_BLE.to(base.device), logprobs_BE[..., None])[..., 0]
+    return tuple(scores_L[:num] for scores_L, num in zip(scores_BL, num_labels, strict=True))
 
 
 def _seq2seq_logits(

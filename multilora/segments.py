@@ -26,20 +26,34 @@ def segments_of(slots: Sequence[int | None]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def order_by_slot(slots: Sequence[int | None]) -> list[int]:
-    """Row order that puts equal slots side by side, base rows first, and slots with equally many rows beside each other.
+def order_by_slot(slots: Sequence[int | None], ranks: Sequence[int]) -> list[int]:
+    """Row order that puts equal slots side by side, base rows first, and slots beside each other that make one product.
 
-    Segments of equal length are one batched product, so B rows take at most sqrt(2 B) of them however many slots there are.
+    Those have equally many rows and ranks of one class (`ranks` by slot), so B rows take at most sqrt(2 B) products a class.
     """
     num_rows = Counter(slots)
-    return sorted(range(len(slots)), key=lambda row: (-1, 0) if (slot := slots[row]) is None else (num_rows[slot], slot))
+
+    def place(row: int) -> tuple[int, int, int]:
+        slot = slots[row]
+        return (-1, 0, 0) if slot is None else (num_rows[slot], rank_class(ranks[slot]), slot)
+
+    return sorted(range(len(slots)), key=place)
 
 
-def equal_runs(spans: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-    """Split spans into maximal runs that touch each other and have equal length."""
+def rank_class(rank: int) -> int:
+    """Ranks above one power of two and up to the next: padded to the largest of them they take at most twice the arithmetic."""
+    return (rank - 1).bit_length() if rank else 0
+
+
+def equal_runs(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Split spans (slot, first row, row after the last) into maximal runs that touch each other and are one product."""
+
+    def kind(span: tuple[int, int, int]) -> tuple[int, int]:
+        return span[2] - span[1], rank_class(ranks[span[0]])
+
     run: list[tuple[int, int, int]] = []
     for span in spans:
-        if run and (span[1] != run[-1][2] or span[2] - span[1] != run[-1][2] - run[-1][1]):
+        if run and (span[1] != run[-1][2] or kind(span) != kind(run[-1])):
             yield run
             run = []
         run.append(span)

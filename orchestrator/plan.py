@@ -15,9 +15,9 @@ FLOPS_PER_S = {"cpu_core": 4e10, "gpu": 4e13}
 """Sustained rates that the estimates assume: one CPU core in float32, one data-centre GPU in bfloat16."""
 START_UP_S = 25.0
 """Ray and a training worker from nothing to the first step."""
-BYTES_PER_ADAPTER_PARAMETER = 16
-"""float32 weight, gradient and two Adam moments."""
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.1, "4bit": 0.6}
+BYTES_PER_ADAPTER_PARAMETER = 20
+"""float32 weight, gradient, two Adam moments and the best epoch's weight."""
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "8bit": 1.02, "4bit": 0.52}
 ACTIVATION_BYTES_PER_TOKEN = 34 * 4
 """Per layer and hidden unit. Source: arXiv 2205.05198 (34 values per token, layer and hidden unit), float32."""
 WORKER_BYTES = 1 << 30
@@ -31,9 +31,11 @@ class TaskNeed:
     task: str
     base: BaseSpec
     num_base_parameters: int
+    num_quantised_parameters: int
+    """Those of them that 8-bit and 4-bit loading shrinks."""
     num_layers: int
     hidden_size: int
-    rank: int
+    num_adapter_parameters: int
     num_train: int
     epochs: int
     batch_size: int
@@ -64,9 +66,11 @@ class TaskNeed:
         return num_bytes * self.hidden_size
 
     @property
-    def num_adapter_parameters(self) -> int:
-        """All linear layers of a transformer: attention 4 x (h + h), feed-forward 2 x (h + 4h) inputs and outputs."""
-        return 18 * self.hidden_size * self.rank * self.num_layers
+    def base_bytes(self) -> float:
+        """The base in memory."""
+        num_shrunk = 0 if self.base.quantization == "none" else self.num_quantised_parameters
+        kept = (self.num_base_parameters - num_shrunk) * BYTES_PER_WEIGHT[self.base.dtype]
+        return kept + num_shrunk * BYTES_PER_WEIGHT.get(self.base.quantization, 0.0)
 
 
 @dataclass(frozen=True)
@@ -213,8 +217,7 @@ def _group(
 def _memory_bytes(lane: Sequence[TaskNeed], num_slots: int) -> int:
     """Estimate one worker: base once, adapters and optimiser of the slots, activations of the largest joint step."""
     first = lane[0]
-    kind = first.base.quantization if first.base.quantization != "none" else first.base.dtype
     largest = sorted((need.batch_size * need.tokens_per_example for need in lane), reverse=True)[:num_slots]
     adapters = num_slots * max(need.num_adapter_parameters for need in lane) * BYTES_PER_ADAPTER_PARAMETER
     activations = sum(largest) * first.activation_bytes_per_token
-    return int(WORKER_BYTES + first.num_base_parameters * BYTES_PER_WEIGHT[kind] + adapters + activations)
+    return int(WORKER_BYTES + first.base_bytes + adapters + activations)

@@ -55,13 +55,15 @@ class PreparedTask:
         if spec.max_new_tokens is not None:
             num_chars = sum(len(example.label) for example in self.dataset.train) / len(self.dataset.train)
             num_tokens += min(num_chars / CHARS_PER_TOKEN + 1, spec.max_new_tokens)
+        share_of_layers = 1.0 if spec.lora.layers is None else min(1.0, len(spec.lora.layers) / files.num_layers)
         return TaskNeed(
             task=spec.name,
             base=spec.base,
             num_base_parameters=files.num_parameters,
+            num_quantised_parameters=files.num_quantised,
             num_layers=files.num_layers,
             hidden_size=files.hidden_size,
-            rank=spec.lora.rank,
+            num_adapter_parameters=int(spec.lora.rank * files.num_linear_features * share_of_layers),
             num_train=len(self.dataset.train),
             epochs=spec.train.epochs,
             batch_size=spec.train.batch_size,

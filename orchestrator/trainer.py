@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
 from multilora.base_model import FrozenBase
-from multilora.errors import AdapterError, DataError
+from multilora.errors import AdapterError, CapacityError, DataError
 from multilora.generate import answer_text, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
@@ -27,25 +26,16 @@ from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losse
 from multilora.spec import TaskSpec, spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
-from orchestrator.batching import batch_indices, dropout_key
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
+from orchestrator.frozen_prefix import FrozenPrefix
 from orchestrator.gradient_checkpointing import checkpoint_layers
+from orchestrator.group_batch import GroupBatch
 from orchestrator.metrics import METRICS
 from orchestrator.micro_batches import MicroBatches
 
 NUM_CANARIES = 4
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
-
-
-@dataclass(frozen=True)
-class GroupBatch:
-    """One optimiser step of a group: rows of all active adapters, each row with its share of its adapter's mean loss."""
-
-    rows: list[ScoringRow]
-    gold: list[int]
-    weights: list[float]
-    runs: list[AdapterRun]
 
 
 class GroupTrainer:
@@ -72,6 +62,7 @@ class GroupTrainer:
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
         if any(member.spec.resources.gradient_checkpointing for member in members):
             checkpoint_layers(base.model, self.slots)
+        self._prefix = FrozenPrefix(base.model, ordered)
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
@@ -83,7 +74,11 @@ class GroupTrainer:
                 self.save_states()
                 return False
             batch = self.next_batch()
-            losses = self.forward_backward(batch)
+            try:
+                losses = self.forward_backward(batch)
+            except CapacityError as error:  # the others go on without it
+                self._fail(batch.run_of_longest_row, str(error))
+                continue
             self.optim_step(losses)
             for run in list(self._active):
                 if run.step % run.steps_per_epoch == 0:
@@ -95,33 +90,20 @@ class GroupTrainer:
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""
-        batch = GroupBatch([], [], [], list(self._active))
-        for run in self._active:
-            settings = run.member.spec.train
-            indices = batch_indices(len(run.train_ids), settings.batch_size, settings.seed, run.step)
-            for position, index in enumerate(indices):
-                key = dropout_key(settings.seed, run.step, position) if run.member.spec.lora.dropout else 0
-                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.train_labels[index], key))
-                batch.gold.append(run.train_gold[index])
-                batch.weights.append(1.0 / len(indices))
-        return batch
+        return GroupBatch.of(self._active)
 
     def forward_backward(self, batch: GroupBatch) -> dict[int, float]:
-        """Add the batch's gradients to the slots; returns each slot's mean loss.
+        """Add the batch's gradients to the slots; returns each slot's mean loss. Raises CapacityError where one row does not fit.
 
         It is done in micro-batches; where memory does not suffice, from the start again in smaller ones: same gradients.
         """
-        lengths = [
-            len(row.token_ids) + (len(row.labels.token_ids[gold]) if row.labels.token_ids else 0)
-            for row, gold in zip(batch.rows, batch.gold, strict=True)
-        ]
-        return self._micro_batches.within_memory(max(lengths), lambda: self._forward_backward(batch, lengths))
+        return self._micro_batches.within_memory(max(batch.lengths), lambda: self._forward_backward(batch))
 
-    def _forward_backward(self, batch: GroupBatch, lengths: Sequence[int]) -> dict[int, float]:
+    def _forward_backward(self, batch: GroupBatch) -> dict[int, float]:
         assert self.slots.flat_grad_SP is not None
         self.slots.flat_grad_SP.zero_()
         losses = {run.slot: 0.0 for run in batch.runs}
-        for micro in self._micro_batches.cut(lengths):
+        for micro in self._micro_batches.cut(batch.lengths):
             rows = [batch.rows[i] for i in micro]
             losses_B = answer_losses(self.base, self.slots, rows, [batch.gold[i] for i in micro])
             weighted_B = losses_B * torch.tensor([batch.weights[i] for i in micro], device=self.base.device)
@@ -231,6 +213,7 @@ class GroupTrainer:
             select_labels=select_labels,
         )
         load_state(run, self.slots)
+        self._prefix.reserve(slot, sum(map(len, train_ids + select_ids)))
         return run
 
     def _label_sets(self, spec: TaskSpec, labels: LabelSet, examples: Sequence[Example]) -> list[LabelSet]:
@@ -262,6 +245,12 @@ class GroupTrainer:
         return fit_temperature([scores.tolist() for scores in self._score(run, run.select_ids, run.select_labels)], gold)
 
     def _end_epoch(self, run: AdapterRun) -> None:
+        try:
+            self._judge_epoch(run)
+        except CapacityError as error:
+            self._fail(run, str(error))
+
+    def _judge_epoch(self, run: AdapterRun) -> None:
         epoch = run.step // run.steps_per_epoch
         scores = self._score(run, run.select_ids, run.select_labels)
         select_loss, metrics = _select_result(run, scores)
@@ -294,6 +283,7 @@ class GroupTrainer:
 
     def _release(self, run: AdapterRun) -> None:
         self._active.remove(run)
+        self._prefix.release(run.slot)
         self.slots.clear(run.slot)
 
     def _score(

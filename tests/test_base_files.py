@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from multilora.base_files import find_base
 from multilora.errors import SpecError
@@ -35,7 +36,23 @@ def test_facts_of_a_base_are_read_from_its_files(base_folder, fresh_base, kind, 
     files = find(base_folder(kind))
     assert (files.folder, files.family, files.num_layers, files.hidden_size) == (base_folder(kind), family, 2, 64)
     assert files.num_parameters == sum(parameter.numel() for parameter in fresh_base(kind).model.parameters())
-    assert files.num_weight_bytes == (base_folder(kind) / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "encoder", "causal", "bart", "gpt2"])
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_what_quantisation_shrinks_is_read_from_the_files(kind, quantization, base_folder, fresh_base):
+    model = fresh_base(kind, quantization=quantization).model
+    sizes = {"8bit": 1, "4bit": 2}
+    shrunk = [p.numel() * sizes[quantization] for p in model.parameters() if p.dtype in (torch.int8, torch.uint8)]
+    assert find(base_folder(kind)).num_quantised == sum(shrunk)
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "encoder", "causal", "bart", "gpt2"])
+def test_features_of_linear_layers_are_read_from_the_files(kind, base_folder, fresh_base):
+    model = fresh_base(kind).model
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    assert find(base_folder(kind)).num_linear_features == sum(m.in_features + m.out_features for m in linear)
 
 
 @pytest.mark.parametrize(

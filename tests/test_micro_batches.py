@@ -1,13 +1,16 @@
-"""Out of memory: the step starts again in smaller micro-batches, with the same result; one row too large is an error.
+"""Out of memory: the step starts again in smaller micro-batches, with the same result; one row too large ends its adapter.
 
 A limit on the tokens of one forward pass stands in for a GPU's memory; it raises what torch raises.
 """
+
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from test_trainer import Trained, assert_same_losses, assert_same_weights, member_of
 
-from multilora.errors import CapacityError
+from orchestrator.dataset import Example
 from orchestrator.micro_batches import MicroBatches
 
 
@@ -45,10 +48,26 @@ def test_a_step_that_does_not_fit_is_cut_and_gives_the_same_adapters(family, fre
         assert_same_weights(tight.weights(task), roomy.weights(task))
 
 
-def test_one_example_that_does_not_fit_is_an_error_that_says_what_to_do(fresh_base, tmp_path):
-    base = with_little_memory(fresh_base("seq2seq"), 8)
-    with pytest.raises(CapacityError, match=r"one example of \d+ tokens does not fit .*: lower train.max_length"):
-        Trained(base, members(tmp_path, base), 2)
+def test_an_adapter_whose_example_does_not_fit_ends_alone_and_says_what_to_do(family, fresh_base, tmp_path):
+    base = with_little_memory(fresh_base(family), 40)
+    longer, other = members(tmp_path, base)
+    long_text = Example("long", {"text": "again and " * 40}, "yes")
+    longer = replace(longer, train=(*longer.train, long_text), spec=longer.spec.model_copy(update={"name": "longer"}))
+    short = tuple(Example(f"short-{i}", {"text": "very good"}, label) for i, label in enumerate(("yes", "no") * 4))
+    trained = Trained(base, [longer, replace(other, train=short, select=short)], 2)
+    assert trained.kinds("longer")[-1] == "failed"
+    assert re.match(r"one example of \d+ tokens does not fit .*: lower train.max_length", trained.last("longer").message)
+    assert trained.last("other").kind == "finished"
+
+
+def test_an_adapter_whose_select_example_does_not_fit_ends_alone(fresh_base, tmp_path):
+    base = with_little_memory(fresh_base("encoder"), 40)
+    longer, other = members(tmp_path, base)
+    short = tuple(Example(f"short-{i}", {"text": "very good"}, label) for i, label in enumerate(("yes", "no") * 4))
+    long_text = Example("long", {"text": "again and " * 40}, "yes")
+    longer, other = replace(longer, train=short, select=(long_text,)), replace(other, train=short, select=short)
+    trained = Trained(base, [longer, other], 2)
+    assert [trained.last(task).kind for task in ("plain", "other")] == ["failed", "finished"]
 
 
 def test_other_errors_are_not_memory(fresh_base):

@@ -11,8 +11,8 @@ from orchestrator.plan import START_UP_S, ClusterSize, Plan, TaskNeed, has_room,
 GIB = 2**30
 SMALL = BaseSpec(model="small")
 NEED = TaskNeed(
-    task="task", base=SMALL, num_base_parameters=20_000_000, num_layers=6, hidden_size=384, rank=8, num_train=100, epochs=10,
-    batch_size=16, tokens_per_example=40.0, resources=ResourceSpec(),
+    task="task", base=SMALL, num_base_parameters=20_000_000, num_quantised_parameters=16_000_000, num_layers=6, hidden_size=384,
+    num_adapter_parameters=332_000, num_train=100, epochs=10, batch_size=16, tokens_per_example=40.0, resources=ResourceSpec(),
 )  # fmt: skip
 TWO_CPUS = ClusterSize(2.0, 0.0, 2.0, 0.0, 8 * GIB, 24 * GIB)
 THREE_GPUS = ClusterSize(32.0, 3.0, 16.0, 2.0, 64 * GIB, 24 * GIB)
@@ -38,9 +38,13 @@ def random_case(seed):
         base = BaseSpec(model=model, dtype=rng.choice(["float32", "bfloat16"]), quantization=rng.choice(["none", "none", "4bit"]))
         gpus, cpus = rng.choice([None, None, 0, 0.1, 0.5, 1, 2]), rng.choice([None, None, 1, 3, 32])
         resources = ResourceSpec(gpus=gpus, cpus=cpus, workers=rng.choice([1] * 9 + [2]))
+        num_layers, hidden_size = sizes[1:]
         rank, num_train, epochs = rng.choice([1, 8, 256]), rng.randint(1, 5000), rng.randint(1, 20)
         batch_size, num_tokens = rng.choice([1, 16, 256]), rng.uniform(2, 512)
-        tasks.append(TaskNeed(f"task-{index}", base, *sizes, rank, num_train, epochs, batch_size, num_tokens, resources))
+        # A transformer's linear layers have 18 in and out features per hidden unit and layer.
+        sizes.insert(1, sizes[0] * 3 // 4)
+        num_adapter = 18 * hidden_size * rank * num_layers
+        tasks.append(TaskNeed(f"task-{index}", base, *sizes, num_adapter, num_train, epochs, batch_size, num_tokens, resources))
     return tasks, cluster, rng.choice([1, 2, 16])
 
 
@@ -165,7 +169,7 @@ def test_max_slots_bounds_what_trains_at_once():
 
 def test_tight_memory_reduces_slots_but_keeps_the_group():
     # Worker 1 GiB + base 0.08 GB + per slot: adapter 18 x 384 x 8 x 6 x 16 bytes and step 16 x 40 x 136 x 6 x 384 bytes.
-    per_slot = 18 * 384 * 8 * 6 * 16 + 16 * 40 * 136 * 6 * 384
+    per_slot = 332_000 * 20 + 16 * 40 * 136 * 6 * 384
     fixed = GIB + 20_000_000 * 4
     for num_slots in (1, 3):
         cluster = replace(TWO_CPUS, memory_bytes_per_node=fixed + num_slots * per_slot)
@@ -180,7 +184,8 @@ TIGHT = replace(TWO_CPUS, memory_bytes_per_node=3 * GIB)
 
 def mismatched_pair():
     """Each fits into 3 GiB alone; the first one's rank with the other one's batch does not."""
-    return [need("high-rank", rank=2048, num_train=9), need("long-steps", batch_size=64, tokens_per_example=100.0, num_train=9)]
+    high_rank = need("high-rank", num_adapter_parameters=68_000_000, num_train=9)
+    return [high_rank, need("long-steps", batch_size=64, tokens_per_example=100.0, num_train=9)]
 
 
 def test_tasks_that_fit_alone_but_not_even_in_turn_get_groups_of_their_own():
@@ -222,7 +227,8 @@ def test_what_cannot_run_is_refused_with_the_reason_and_the_rest_goes_on(changes
 
 
 def test_quantization_lets_a_large_base_in():
-    eleven = {"num_base_parameters": 11_000_000_000, "num_layers": 24, "hidden_size": 4096, "tokens_per_example": 20.0}
+    eleven = {"num_base_parameters": 11_000_000_000, "num_quantised_parameters": 9_000_000_000}
+    eleven |= {"num_layers": 24, "hidden_size": 4096, "tokens_per_example": 20.0}
     cluster = replace(THREE_GPUS, memory_bytes_per_gpu=32 * GIB)
     tasks = [need(kind, base=BaseSpec(model="xxl", quantization=kind), **eleven) for kind in ("none", "8bit", "4bit")]
     plan = plan_groups(tasks, cluster, 16)
@@ -230,10 +236,17 @@ def test_quantization_lets_a_large_base_in():
     assert {group.members for group in plan.groups} == {("8bit",), ("4bit",)}
 
 
+def test_quantisation_leaves_what_it_does_not_shrink_in_its_dtype():
+    sizes = {"num_base_parameters": 1_000_000_000, "num_quantised_parameters": 750_000_000}
+    plain, small = (plan_groups([need(base=BaseSpec(model="b", dtype="bfloat16", quantization=kind), **sizes)], THREE_GPUS, 1)
+                    for kind in ("none", "4bit"))  # fmt: skip
+    assert plain.groups[0].memory_bytes - small.groups[0].memory_bytes == pytest.approx(750_000_000 * (2 - 0.52), abs=2)
+
+
 def test_gradient_checkpointing_takes_less_memory_more_time_and_a_group_of_its_own():
     checkpointed = ResourceSpec(gradient_checkpointing=True)
     tasks = [need("a"), need("b", resources=checkpointed), need("c", resources=checkpointed)]
-    fixed, adapter = GIB + 20_000_000 * 4, 18 * 384 * 8 * 6 * 16
+    fixed, adapter = GIB + 20_000_000 * 4, 332_000 * 20
     # 16 x 40 tokens: the insides of one layer and the inputs of six, against the insides of six.
     step = 16 * 40 * (136 + 4 * 6) * 384
     plan = plan_groups(tasks, TWO_CPUS, 16)

@@ -167,6 +167,9 @@ def test_the_need_counts_what_the_base_reads(raw, base_folder, kind):
     need, files = task.need, find_base(BaseSpec(model=str(base_folder(kind))))
     assert (need.task, need.num_train, need.epochs, need.batch_size) == ("mood", len(task.dataset.train), 3, 8)
     assert (need.num_base_parameters, need.num_layers, need.hidden_size) == (files.num_parameters, 2, 64)
+    assert need.num_adapter_parameters == task.spec.lora.rank * files.num_linear_features
+    top = prepared_of(raw, base={"model": str(base_folder(kind))}, lora={"layers": [-1]}).need
+    assert top.num_adapter_parameters == need.num_adapter_parameters / 2
     text = sum(len(example.columns["text"]) for example in task.dataset.train) / len(task.dataset.train)
     # A generative base reads instruction and labels too, an encoder the input alone.
     prompt = 0 if kind == "encoder" else len("Judge {text} as {labels}") + len("good: all is well") + len("bad")

@@ -22,19 +22,29 @@ def test_segments_join_neighbours_of_equal_slot(slots, expected):
 
 def test_runs_touch_and_have_equal_lengths():
     spans = [(0, 0, 2), (3, 2, 4), (1, 4, 5), (2, 6, 7), (4, 7, 8)]
-    assert list(equal_runs(spans)) == [spans[:2], spans[2:3], spans[3:]]
-    assert list(equal_runs([])) == []
+    assert list(equal_runs(spans, [8] * 5)) == [spans[:2], spans[2:3], spans[3:]]
+    assert list(equal_runs([], [])) == []
+
+
+def test_runs_have_ranks_that_padding_at_most_doubles():
+    spans = [(slot, slot, slot + 1) for slot in range(6)]
+    assert list(equal_runs(spans, [5, 8, 9, 16, 256, 1])) == [spans[:2], spans[2:4], spans[4:5], spans[5:]]
+
+
+def test_order_puts_like_ranks_side_by_side():
+    assert order_by_slot([0, 1, 2, 3, 3], [256, 8, 200, 8]) == [1, 0, 2, 3, 4]
 
 
 def test_order_puts_base_rows_first_and_is_stable_within_a_slot():
-    assert order_by_slot([2, None, 0, 2, None, 0]) == [1, 4, 2, 5, 0, 3]
+    assert order_by_slot([2, None, 0, 2, None, 0], [8, 0, 8]) == [1, 4, 2, 5, 0, 3]
 
 
 def test_ordered_rows_have_one_segment_per_slot():
     rng = random.Random(0)
     for _ in range(50):
         slots = [rng.choice([None, 0, 1, 2, 3]) for _ in range(rng.randint(0, 20))]
-        order = order_by_slot(slots)
+        ranks = [rng.choice([1, 2, 8]) for _ in range(4)]
+        order = order_by_slot(slots, ranks)
         assert sorted(order) == list(range(len(slots)))
         segments = segments_of([slots[row] for row in order])
         assert {segment.slot: segment.num_rows for segment in segments} == {slot: slots.count(slot) for slot in slots}

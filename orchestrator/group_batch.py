@@ -1,0 +1,49 @@
+"""One optimiser step of a group: the next batch of every adapter in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from multilora.scoring import ScoringRow
+from orchestrator.adapter_run import AdapterRun
+from orchestrator.batching import batch_indices, dropout_key
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Rows of all active adapters, each row with its gold label and its share of its adapter's mean loss."""
+
+    rows: list[ScoringRow]
+    gold: list[int]
+    weights: list[float]
+    runs: list[AdapterRun]
+
+    @classmethod
+    def of(cls, runs: Sequence[AdapterRun]) -> GroupBatch:
+        """Take the next batch of every run."""
+        batch = cls([], [], [], list(runs))
+        for run in runs:
+            settings = run.member.spec.train
+            indices = batch_indices(len(run.train_ids), settings.batch_size, settings.seed, run.step)
+            for position, index in enumerate(indices):
+                key = dropout_key(settings.seed, run.step, position) if run.member.spec.lora.dropout else 0
+                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.train_labels[index], key))
+                batch.gold.append(run.train_gold[index])
+                batch.weights.append(1.0 / len(indices))
+        return batch
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, the gold answer included."""
+        return [
+            len(row.token_ids) + (len(row.labels.token_ids[gold]) if row.labels.token_ids else 0)
+            for row, gold in zip(self.rows, self.gold, strict=True)
+        ]
+
+    @property
+    def run_of_longest_row(self) -> AdapterRun:
+        """Whose row takes the most memory."""
+        slot = self.rows[max(range(len(self.rows)), key=self.lengths.__getitem__)].slot
+        return next(run for run in self.runs if run.slot == slot)
