@@ -11,7 +11,7 @@ W positions of prompt and nodes together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +33,9 @@ SCORER_VERSION = 1
 """Part of every fingerprint: raise it when scores change for the same weights."""
 COSINE_SCALE = 20.0
 """Inverse temperature of cosine scores. Source: sentence-transformers MultipleNegativesRankingLoss."""
-PAD_MULTIPLE = 8
-NODE_MULTIPLE = 4
+PAD_MULTIPLE = {"cpu": 1, "cuda": 8}
+"""Rows are padded to a multiple of some positions: a GPU's products are fastest and its memory flat with few shapes."""
+NODE_MULTIPLE = {"cpu": 1, "cuda": 4}
 """Most answers have one to three tokens and an end; eight positions for each would cost more than they save."""
 
 
@@ -241,10 +242,11 @@ def _routed(slots: AdapterSlots, rows: Sequence[ScoringRow]) -> AbstractContextM
 
 
 def padded(
-    base: FrozenBase, token_rows: Iterable[Sequence[int]], multiple: int = PAD_MULTIPLE, *, is_left: bool = False
+    base: FrozenBase, token_rows: Iterable[Sequence[int]], multiple_on: Mapping[str, int] = PAD_MULTIPLE, *, is_left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Pad to a multiple of some positions (few distinct shapes keep memory flat); ids and mask [B, T]."""
+    """Pad to a multiple of some positions, by kind of device; ids and mask [B, T]."""
     token_lists = [list(row) for row in token_rows]
+    multiple = multiple_on[base.device.type]
     width = -(-max(map(len, token_lists)) // multiple) * multiple
     width = min(width, base.files.max_positions or width)
     ids_BT = torch.full((len(token_lists), width), base.pad_id, dtype=torch.long)

@@ -61,7 +61,7 @@ def equal_runs(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int]) -> I
         yield run
 
 
-def length_batches(lengths: Sequence[int], max_tokens: int, overhead_tokens: int, multiple: int = 8) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], max_tokens: int, overhead_tokens: int, multiple: int) -> list[list[int]]:
     """Cut row indices, shortest first, into batches that cost least, each within `max_tokens` after padding.
 
     A batch costs its padded tokens (width rounded up to `multiple`) plus `overhead_tokens` for the forward pass itself.

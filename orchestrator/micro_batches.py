@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from multilora.errors import CapacityError
+from multilora.scoring import PAD_MULTIPLE
 from multilora.segments import length_batches
 
 logger = logging.getLogger(__name__)
@@ -24,12 +25,12 @@ class MicroBatches:
     def __init__(self, device: torch.device, on_halved: Callable[[int], None]) -> None:
         """`on_halved` is told every new budget in tokens."""
         self.max_tokens = MAX_BATCH_TOKENS[device.type]
-        self._overhead_tokens = OVERHEAD_TOKENS[device.type]
+        self._overhead_tokens, self._multiple = OVERHEAD_TOKENS[device.type], PAD_MULTIPLE[device.type]
         self._on_halved = on_halved
 
     def cut(self, lengths: Sequence[int]) -> list[list[int]]:
         """Row indices of each micro-batch; rows of like length share one, so little is spent on padding."""
-        return length_batches(lengths, self.max_tokens, self._overhead_tokens)
+        return length_batches(lengths, self.max_tokens, self._overhead_tokens, self._multiple)
 
     def within_memory(self, longest: int, attempt: Callable[[], T]) -> T:
         """Run `attempt` over rows of at most `longest` tokens, from its start again with half the budget where memory ends.

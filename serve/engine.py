@@ -21,7 +21,7 @@ from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskE
 from multilora.generate import answer_text, end_ids, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
-from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, encode_answer, encode_labels, score_labels
+from multilora.scoring import PAD_MULTIPLE, SCORER_VERSION, LabelSet, ScoringRow, encode_answer, encode_labels, score_labels
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
 from serve.slots import SlotTable
@@ -224,9 +224,7 @@ class Engine:
 
     def _scores(self, rows: Sequence[ScoringRow]) -> list[list[float]]:
         scores: list[list[float]] = [[]] * len(rows)
-        overhead = OVERHEAD_TOKENS[self.base.device.type]
-        lengths = [_num_tokens(self.base.family, row) for row in rows]
-        for batch in length_batches(lengths, self._max_batch_tokens, overhead):
+        for batch in self._batches([_num_tokens(self.base.family, row) for row in rows]):
             for index, row_scores in zip(batch, score_labels(self.base, self._slots, [rows[i] for i in batch]), strict=True):
                 scores[index] = row_scores.tolist()
         return scores
@@ -235,14 +233,17 @@ class Engine:
         """Write a text for each (prompt, slot, token limit)."""
         answers: dict[int, Answer] = {}
         ends = end_ids(self.base) if asked else ()
-        lengths = [len(prompt.token_ids) + limit for prompt, _, limit in asked]
-        for batch in length_batches(lengths, self._max_batch_tokens, OVERHEAD_TOKENS[self.base.device.type]):
+        for batch in self._batches([len(prompt.token_ids) + limit for prompt, _, limit in asked]):
             rows = [ScoringRow(prompt.token_ids, slot, NO_LABELS) for prompt, slot, _ in (asked[i] for i in batch)]
             limits = [asked[i][2] for i in batch]
             for index, ids in zip(batch, generate(self.base, self._slots, rows, limits), strict=True):
                 text, is_cut_off = answer_text(self.base, ids), ids[-1] not in ends
                 answers[index] = Answer(text, (), (), asked[index][0].is_truncated, is_cut_off)
         return [answers[index] for index in range(len(asked))]
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        device = self.base.device.type
+        return length_batches(lengths, self._max_batch_tokens, OVERHEAD_TOKENS[device], PAD_MULTIPLE[device])
 
     def _check_canaries(self, bound: BoundAdapter, slot: int) -> None:
         card = bound.artifact.card

@@ -3,13 +3,19 @@
 A limit on the tokens of one forward pass stands in for a GPU's memory; it raises what torch raises.
 """
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from e2e.conftest import MINILM, SHARED, needs_minilm
 from test_trainer import Trained, assert_same_losses, assert_same_weights, member_of
+from transformers import AutoTokenizer
 
+from multilora.base_files import find_base
+from multilora.spec import BaseSpec
+from orchestrator.batching import batch_indices
 from orchestrator.dataset import Example
 from orchestrator.micro_batches import MicroBatches
 
@@ -68,6 +74,26 @@ def test_an_adapter_whose_select_example_does_not_fit_ends_alone(fresh_base, tmp
     longer, other = replace(longer, train=short, select=(long_text,)), replace(other, train=short, select=short)
     trained = Trained(base, [longer, other], 2)
     assert [trained.last(task).kind for task in ("plain", "other")] == ["failed", "finished"]
+
+
+@needs_minilm()
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
+def test_little_is_padding_on_public_data():
+    """Of ten tasks, 16 rows each a step, 8.2 % of the positions; a lone task of short texts has 21 to 24 %, a step of it costs less."""
+    tokenizer = AutoTokenizer.from_pretrained(find_base(BaseSpec(model=MINILM)).folder)
+    lengths_of = []
+    for file in sorted(SHARED.glob("*/train.jsonl")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:400] if line]
+        lengths_of.append([min(len(ids), 256) for ids in tokenizer([row["text"] for row in rows])["input_ids"]])
+    assert len(lengths_of) >= 10
+    micro_batches = MicroBatches(torch.device("cpu"), on_halved=lambda max_tokens: None)
+    num_real = num_positions = 0
+    for step in range(20):
+        lengths = [of[i] for of in lengths_of for i in batch_indices(len(of), 16, 0, step)]
+        for rows in micro_batches.cut(lengths):
+            num_real += sum(lengths[row] for row in rows)
+            num_positions += len(rows) * max(lengths[row] for row in rows)
+    assert num_real > 0.9 * num_positions
 
 
 def test_other_errors_are_not_memory(fresh_base):

@@ -96,7 +96,7 @@ def test_length_batches_cover_each_row_once_within_the_budget(seed):
     rng = random.Random(seed)
     lengths = [rng.randint(1, 200) for _ in range(rng.randint(1, 300))]
     max_tokens = rng.choice([64, 500, 4096])
-    batches = length_batches(lengths, max_tokens, rng.choice([0, 100]))
+    batches = length_batches(lengths, max_tokens, rng.choice([0, 100]), 8)
     assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
     for rows in batches:
         assert len(rows) == 1 or len(rows) * padded_width(max(lengths[row] for row in rows), 8) <= max_tokens
@@ -116,4 +116,4 @@ def test_length_batches_cover_each_row_once_within_the_budget(seed):
     ],
 )
 def test_length_batches_by_hand(lengths, max_tokens, overhead_tokens, expected):
-    assert length_batches(lengths, max_tokens, overhead_tokens) == expected
+    assert length_batches(lengths, max_tokens, overhead_tokens, 8) == expected
