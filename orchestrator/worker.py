@@ -77,7 +77,7 @@ class _Line:
 
 def train_group(config: dict[str, Any]) -> None:
     """Train one group to its end, or until the controller asks to stop; the loop that ray.train runs on the worker."""
-    task: GroupTask = config["task"]
+    task: GroupTask = ray.get(config["task"])
     setup_logging()
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MIXED = "all_linear_16_fp32 peft_all_linear_16_fp32 all_linear_16_bf16 peft_all_linear_16_bf16 qv_16_fp32 peft_qv_16_fp32"
 RATIOS = {
-    "mixed_batch": [*MIXED.split(), "growth_1_to_32", "minilm_all_linear_16_fp32", "minilm_qv_16_fp32"],
+    "mixed_batch": [*MIXED.split(), "growth_1_to_32"],
     "cotrain": ["short_8_vs_peft", "short_8_vs_peft_fp32", "short_1_vs_peft", "long_8_vs_peft", "long_8_vs_peft_fp32"],
     "memory": ["training_bytes_per_parameter", "serving_size_ratio"],
 }
