@@ -43,7 +43,7 @@ SIZES = {"cpu": {"short": (4, 32), "long": (8, 128)}, "cuda": {"short": (8, 64)}
 SLOW_SIZE = (1, 8)
 SHAPE = {"cpu": "tiny-t5", "cuda": "flan-t5-base"}
 COUNTS = {"cpu": [1, 2, 4, 8, 16], "cuda": [1, 2, 4, 8, 16, 32]}
-QUICK = [("short", 8, "bf16"), ("short", 8, "fp32"), ("short", 1, "bf16"), ("short", 1, "fp32"), ("long", 8, "bf16"), ("long", 8, "fp32")]
+QUICK = [(size, count, dtype) for size, count in (("short", 8), ("short", 1), ("long", 8)) for dtype in ("bf16", "fp32")]
 LOSS_TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 """Share of the loss by which training may differ from the oracle's; bfloat16 has 8 bits of mantissa."""
 WEIGHT_TOLERANCE = 1e-4

@@ -282,14 +282,17 @@ class _AddUpdates(torch.autograd.Function):
         x_BTI, *hidden = ctx.saved_tensors
         layer: MultiLoraLinear = ctx.layer
         grad_y_BTO = grad_y_BTO.contiguous()
-        grad_x_BTI = torch.zeros_like(x_BTI) if ctx.needs_input_grad[1] else None
+        grad_x_BTI: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            has_all_rows = sum(run.end - run.start for run in ctx.runs) == len(x_BTI)
+            grad_x_BTI = torch.empty_like(x_BTI) if has_all_rows else torch.zeros_like(x_BTI)
         for run, h_GRN in zip(ctx.runs, hidden, strict=True):
             a_GRI, b_GOR = layer.halves(run, x_BTI)
             grad_y_GNO = run.rows(grad_y_BTO)
             grad_h_GRN = torch.bmm(b_GOR.mT, grad_y_GNO.mT).mul_(run.scaling_G11)
             layer.add_gradients(run, torch.bmm(grad_h_GRN, run.rows(x_BTI)), torch.bmm(h_GRN, grad_y_GNO).mT)
             if grad_x_BTI is not None:
-                run.rows(grad_x_BTI).baddbmm_(grad_h_GRN.mT, a_GRI)
+                torch.bmm(grad_h_GRN.mT, a_GRI, out=run.rows(grad_x_BTI))
         return grad_y_BTO, grad_x_BTI, None, None, None
 
 

@@ -79,7 +79,10 @@ def test_an_adapter_whose_select_example_does_not_fit_ends_alone(fresh_base, tmp
 @needs_minilm()
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
 def test_little_is_padding_on_public_data():
-    """Of ten tasks, 16 rows each a step, 8.2 % of the positions; a lone task of short texts has 21 to 24 %, a step of it costs less."""
+    """Of ten tasks, 16 rows each a step, 8.2 % of the positions.
+
+    A lone task of short texts has 21 to 24 %: micro-batches with less would be so many that a step took longer.
+    """
     tokenizer = AutoTokenizer.from_pretrained(find_base(BaseSpec(model=MINILM)).folder)
     lengths_of = []
     for file in sorted(SHARED.glob("*/train.jsonl")):
