@@ -26,7 +26,8 @@ from orchestrator.cluster import cluster_size, local_size, ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller
 from orchestrator.judge import VerdictKind
-from orchestrator.plan import ClusterSize, Plan, plan_groups
+from orchestrator.pace import Pace
+from orchestrator.plan import ClusterSize, Plan, TaskNeed, plan_groups
 from orchestrator.prepare import PreparedTask, git_sha, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report
 from orchestrator.report_page import latest_report, write_report
@@ -75,7 +76,7 @@ def plan(specs: Sequence[TaskSpec], config: OrchestratorConfig | None = None, *,
     else:
         size = local_size(config)
     unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
-    return PlannedSubmission(plan_groups(needs, size, config.max_slots), tuple(prepared), unchanged, tuple(problems))
+    return PlannedSubmission(_plan(needs, size, config), tuple(prepared), unchanged, tuple(problems))
 
 
 def submit(
@@ -120,7 +121,7 @@ def _submit(
     with ray_session(config):
         size = cluster_size(config)
         needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
-        planned = plan_groups(needs, size, config.max_slots)
+        planned = _plan(needs, size, config)
         on_plan(PlannedSubmission(planned, tuple(prepared), unchanged, tuple(problems)))
         checked = _carry_out(controller, works, planned, size)
     outcomes = tuple(controller.outcome_of(work) for work in works) + _untouched(registry, checked, works)
@@ -180,6 +181,10 @@ def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[T
         else:
             outcomes.append(TaskOutcome(task, "", "verified", gate.metric, gate.min, gate.margin, key))
     return tuple(outcomes)
+
+
+def _plan(needs: Sequence[TaskNeed], size: ClusterSize, config: OrchestratorConfig) -> Plan:
+    return plan_groups(needs, size, config.max_slots, Pace(config.pace_file).rates)
 
 
 def _registry(config: OrchestratorConfig) -> Registry:

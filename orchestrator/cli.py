@@ -19,7 +19,7 @@ from multilora.errors import CapacityError, MultiLoraError, Problem, SpecError
 
 if TYPE_CHECKING:
     from multilora.spec import TaskSpec
-    from orchestrator.api import PlannedSubmission, SubmitResult
+    from orchestrator.api import SubmitResult
     from orchestrator.config import OrchestratorConfig
 
 app = typer.Typer(
@@ -58,9 +58,17 @@ def validate(files: Files, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: orchestrator plan tasks/*.yaml --json")
-def plan(files: Files, as_json: Json = False, force: Force = False, workspace: Workspace = None) -> None:
-    """Show what submit would train together, how long and in how much memory, and stop."""
-    from orchestrator import api
+def plan(
+    files: Files,
+    as_json: Json = False,
+    force: Force = False,
+    workspace: Workspace = None,
+    gpu_price: Annotated[
+        float | None, typer.Option("--gpu-price", envvar="ORCHESTRATOR_GPU_PRICE", min=0, help="Price of one GPU for an hour.")
+    ] = None,
+) -> None:
+    """Show what submit would train together, how long, in how much memory and at what price, and stop."""
+    from orchestrator import api, tables
 
     specs, problems = _load(files)
     with _errors():
@@ -73,12 +81,14 @@ def plan(files: Files, as_json: Json = False, force: Force = False, workspace: W
                 "refused": dict(planned.plan.refused),
                 "unchanged": planned.unchanged,
                 "makespan_s": planned.plan.makespan_s,
+                "gpu_hours": planned.plan.gpu_hours,
+                "cost": None if gpu_price is None else planned.plan.gpu_hours * gpu_price,
                 "problems": [asdict(problem) for problem in problems],
             }
         )
     else:
         _print_problems(problems)
-        _print_plan(planned)
+        tables.print_plan(planned, gpu_price)
     raise typer.Exit(2 if problems else 1 if planned.plan.refused else 0)
 
 
@@ -91,7 +101,7 @@ def submit(
     checkpoint_every: Annotated[float, typer.Option("--checkpoint-every", min=0.1, help="Seconds between checkpoints.")] = 30.0,
 ) -> None:
     """Train, register, evaluate, judge and promote what changed; the same command continues after any interruption."""
-    from orchestrator import api
+    from orchestrator import api, tables
     from orchestrator.progress import progress_of
 
     specs, problems = _load(files)
@@ -104,7 +114,7 @@ def submit(
                 _config(workspace).model_copy(update={"checkpoint_every_s": checkpoint_every}),
                 force=force,
                 on_update=progress.update,
-                on_plan=lambda planned: None if as_json else progress.say(lambda: _print_plan(planned)),
+                on_plan=lambda planned: None if as_json else progress.say(lambda: tables.print_plan(planned)),
             )
     except KeyboardInterrupt:
         print("Stopped. Everything so far is saved; run the same command to continue.", file=sys.stderr)
@@ -116,7 +126,7 @@ def submit(
         _print_json({**summary, "problems": [asdict(problem) for problem in problems]})
     else:
         _print_problems(result.problems)
-        _print_result(result)
+        tables.print_result(result)
     raise typer.Exit(_exit_code(result, problems))
 
 
@@ -127,7 +137,7 @@ def status(
     workspace: Workspace = None,
 ) -> None:
     """Show champion, versions and run status of every task."""
-    from orchestrator import background
+    from orchestrator import background, tables
     from orchestrator.status import status as status_of
 
     config = _config(workspace)
@@ -137,16 +147,17 @@ def status(
     if as_json:
         _print_json({"tasks": [asdict(row) for row in rows], "endpoint": endpoint.url if endpoint else None})
         return
-    table = _table("task", "champion", "versions", "last run", "why")
+    table = tables.table_of("task", "champion", "versions", "last run", "why")
     for row in rows:
         table.add_row(row.task, f"v{row.champion}" if row.champion else "none", str(row.num_versions), row.status, row.reason)
-    _print_rich(table)
+    tables.print_rich(table)
     print(f"endpoint: {endpoint.url if endpoint else 'not running'}")
 
 
 @app.command(epilog="Example: orchestrator report --json")
 def report(as_json: Json = False, workspace: Workspace = None) -> None:
     """Show the newest cross-task report and where its HTML page is."""
+    from orchestrator import tables
     from orchestrator.report_page import latest_report
 
     with _errors():
@@ -154,7 +165,7 @@ def report(as_json: Json = False, workspace: Workspace = None) -> None:
     if as_json:
         _print_json(found)
     else:
-        _print_report(found, html)
+        tables.print_report(found, html)
 
 
 @app.command(epilog="Example: orchestrator serve --port 8000")
@@ -278,66 +289,3 @@ def _print_json(value: Any) -> None:
 def _print_problems(problems: Any) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-
-
-def _print_plan(planned: PlannedSubmission) -> None:
-    if planned.unchanged:
-        print(f"unchanged, nothing to train: {', '.join(planned.unchanged)}")
-    sizes = {task.spec.name: len(task.dataset.train) for task in planned.prepared}
-    if planned.plan.groups:
-        table = _table("group", "base", "tasks", "examples", "steps", "device", "memory", "time")
-        for group in planned.plan.groups:
-            device = f"{group.gpus:g} GPU" if group.gpus else f"{group.cpus:g} CPU"
-            table.add_row(
-                group.group_id,
-                f"{group.base.model} {group.base.dtype}",
-                "\n".join(group.members),
-                "\n".join(str(sizes[name]) for name in group.members),
-                str(group.num_steps),
-                device,
-                f"~{group.memory_bytes / 2**30:.1f} GiB",
-                f"~{group.seconds / 60:.1f} min",
-            )
-        _print_rich(table)
-    for task, reason in planned.plan.refused:
-        print(f"cannot run here: {task}: {reason}", file=sys.stderr)
-    for prepared in planned.prepared:
-        for note in prepared.dataset.notes:
-            print(f"note: {prepared.spec.name}: {note}")
-
-
-def _print_result(result: SubmitResult) -> None:
-    if result.report is not None and result.report_file is not None:
-        _print_report(result.report, result.report_file)
-    else:
-        champions = ", ".join(task.champion or f"{task.task}: no champion" for task in result.tasks)
-        print(f"Nothing changed, nothing to do. Champions: {champions}")
-
-
-def _print_report(found: dict[str, Any], html: Path) -> None:
-    from orchestrator.report_page import SummaryRow, summary_rows
-
-    table = _table(*(name.replace("_", "-") for name in SummaryRow._fields))
-    for row in summary_rows(found):
-        table.add_row(*row)
-    _print_rich(table)
-    print(f"{found['outcome']}: {found['sentence']}")
-    print(f"report: {html}")
-
-
-def _table(*headings: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
-def _print_rich(value: Any) -> None:
-    from rich.console import Console
-
-    # A pipe has no width; 80 columns would fold the tables.
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-    console.print(value)

@@ -59,6 +59,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "downloads"
 
     @property
+    def pace_file(self) -> Path:
+        """How fast earlier submissions trained."""
+        return self.workspace / "pace.json"
+
+    @property
     def serve_file(self) -> Path:
         """Address and process of the running endpoint."""
         return self.workspace / "serve.json"

@@ -24,6 +24,7 @@ from orchestrator.cluster import RunningGroup, evaluate_on_cluster
 from orchestrator.config import OrchestratorConfig
 from orchestrator.evaluate import EvalItem, load_reports, store_reports
 from orchestrator.judge import GateInput, judge
+from orchestrator.pace import Pace
 from orchestrator.plan import ClusterSize, TrainingGroup, has_room
 from orchestrator.prepare import PreparedTask, git_sha
 from orchestrator.report import TaskOutcome
@@ -45,6 +46,7 @@ class Controller:
         self._config = config
         self._registry = registry
         self._on_update = on_update
+        self._pace = Pace(config.pace_file)
 
     def observe(self, prepared: PreparedTask, *, force: bool = False) -> TaskWork:
         """Look up what is known of the task's run and decide what comes next; `force` forgets an earlier training."""
@@ -111,6 +113,7 @@ class Controller:
             for name in started.group.members:
                 if by_task[name].status is Status.TRAINING:
                     self._fail(by_task[name], f"worker ended: {started.error or 'no result'}")
+        self._pace.learn(groups, {work.task: work.prepared.need.num_flops for work in works})
 
     def register(self, work: TaskWork) -> None:
         """Make the finished adapter a version of the task, alias challenger."""
@@ -143,8 +146,7 @@ class Controller:
 
         Returns the untouched champions of other tasks over the same bases, each with what is wrong with it ("" = verified).
         """
-        judged = {work.task for work in works}
-        untouched = self._items_of_untouched(judged)
+        untouched = self._items_of_untouched({work.task for work in works})
         items: dict[BaseSpec, list[EvalItem]] = {}
         for work in works:
             for base, item in self._items_of(work):
@@ -242,13 +244,13 @@ class Controller:
 
     def _start_group(self, group: TrainingGroup, by_task: dict[str, TaskWork], mailbox: Any) -> RunningGroup:
         members = tuple(self._member(by_task[name].prepared) for name in group.members)
-        threads = max(1, int(group.cpus))
-        task = GroupTask(group.base, members, group.num_slots, threads, self._config.checkpoint_every_s, mailbox)
+        task = GroupTask(group.base, members, group.num_slots, max(1, int(group.cpus)), self._config.checkpoint_every_s, mailbox)
         return RunningGroup(self._config, group, task, f"{group.group_id}-{time.time_ns()}")
 
     def _handle(self, events: Iterable[TrainEvent], by_key: dict[str, TaskWork]) -> None:
         points: dict[str, list[tuple[str, float, int, int]]] = {}
         for event in events:
+            self._pace.note(event)
             work = by_key[event.run_key]
             assert work.run is not None
             if work.status is not Status.TRAINING:

@@ -1,18 +1,21 @@
 """Which adapters train together, where, and what that will take. Pure: the same input gives the same plan; no torch, no Ray.
 
-Estimates come from arithmetic (operations per parameter and token, values stored per token), not from a trial run.
+Estimates come from arithmetic (operations per parameter and token, values stored per token) and, where there are any, from the
+rates of earlier trainings.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 
 from multilora.spec import BaseSpec, ResourceSpec
 
 FLOPS_PER_S = {"cpu_core": 4e10, "gpu": 4e13}
-"""Sustained rates that the estimates assume: one CPU core in float32, one data-centre GPU in bfloat16."""
+"""Sustained rates that the estimates assume where none was measured: one CPU core in float32, one data-centre GPU in bfloat16."""
 START_UP_S = 25.0
 """Ray and a training worker from nothing to the first step."""
 BYTES_PER_ADAPTER_PARAMETER = 20
@@ -106,15 +109,27 @@ class Plan:
 
     groups: tuple[TrainingGroup, ...]
     refused: tuple[tuple[str, str], ...]
+    makespan_s: float = 0.0
+    """Seconds until the last group ends; groups wait in this order until the cluster has room."""
 
     @property
-    def makespan_s(self) -> float:
-        """Longest group; groups run side by side."""
-        return max((group.seconds for group in self.groups), default=0.0)
+    def gpu_hours(self) -> float:
+        """Hours of all GPUs together."""
+        return sum(group.gpus * group.seconds for group in self.groups) / 3600
 
 
-def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int) -> Plan:
-    """Put every task into exactly one group, or refuse it. Longest work is placed first, on the least loaded worker."""
+def rate_key(base: BaseSpec, gpus: float) -> str:
+    """Name of what a training rate belongs to."""
+    return f"{'gpu' if gpus else 'cpu'} {base.model_dump_json()}"
+
+
+def plan_groups(
+    needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int, rates: Mapping[str, float] | None = None
+) -> Plan:
+    """Put every task into exactly one group, or refuse it. Longest work is placed first, on the least loaded worker.
+
+    `rates` are measured operations a second on one core or GPU, by `rate_key`.
+    """
     refused: list[tuple[str, str]] = []
     alike: dict[tuple[str, bool, float, float], list[TaskNeed]] = {}
     for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
@@ -128,12 +143,27 @@ def plan_groups(needs: Sequence[TaskNeed], cluster: ClusterSize, max_slots: int)
     for (_, _, gpus, cpus), tasks in alike.items():
         num_lanes = max(1, min(_num_workers(gpus, cpus, cluster), len(tasks)))
         lanes: list[list[TaskNeed]] = [[] for _ in range(num_lanes)]
+        loads = [(0.0, index) for index in range(num_lanes)]  # a heap
         for need in tasks:
-            min(lanes, key=lambda lane: sum(n.num_tokens for n in lane)).append(need)
+            load, index = loads[0]
+            lanes[index].append(need)
+            heapreplace(loads, (load + need.num_tokens, index))
         fitting = [part for lane in lanes for part in _fitting_parts(lane, _budget(gpus, cluster))]
-        groups += [_group(part, gpus, cpus, cluster, max_slots) for part in fitting]
+        groups += [_group(part, gpus, cpus, cluster, max_slots, rates or {}) for part in fitting]
     ordered = sorted(groups, key=lambda group: (-group.seconds, group.group_id))
-    return Plan(tuple(ordered), tuple(sorted(refused)))
+    return Plan(tuple(ordered), tuple(sorted(refused)), _makespan_s(ordered, cluster))
+
+
+def _makespan_s(groups: Sequence[TrainingGroup], size: ClusterSize) -> float:
+    """Play the schedule through: the next group starts as soon as it has room."""
+    waiting, running, now_s = deque(groups), list[tuple[float, int, TrainingGroup]](), 0.0
+    while waiting or running:
+        if waiting and has_room(waiting[0], [group for _, _, group in running], size):
+            group = waiting.popleft()
+            heappush(running, (now_s + group.seconds, len(waiting), group))
+        else:
+            now_s = heappop(running)[0]
+    return now_s
 
 
 def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterSize) -> bool:
@@ -193,13 +223,13 @@ def _budget(gpus: float, cluster: ClusterSize) -> int:
 
 
 def _group(
-    lane: Sequence[TaskNeed], gpus: float, cpus: float, cluster: ClusterSize, max_slots: int
+    lane: Sequence[TaskNeed], gpus: float, cpus: float, cluster: ClusterSize, max_slots: int, rates: Mapping[str, float]
 ) -> TrainingGroup:
     num_slots = min(max_slots, len(lane))
     while num_slots > 1 and _memory_bytes(lane, num_slots) > _budget(gpus, cluster):
         num_slots -= 1
     num_flops = sum(need.num_flops for need in lane)
-    rate = gpus * FLOPS_PER_S["gpu"] if gpus else cpus * FLOPS_PER_S["cpu_core"]
+    rate = rates.get(rate_key(lane[0].base, gpus), FLOPS_PER_S["gpu" if gpus else "cpu_core"])
     members = tuple(need.task for need in lane)
     return TrainingGroup(
         group_id=hashlib.sha256(" ".join([lane[0].base.model_dump_json(), *members]).encode()).hexdigest()[:8],
@@ -210,7 +240,7 @@ def _group(
         cpus=cpus,
         memory_bytes=_memory_bytes(lane, num_slots),
         num_steps=sum(need.num_steps for need in lane),
-        seconds=START_UP_S + num_flops / rate,
+        seconds=START_UP_S + num_flops / (rate * (gpus or cpus)),
     )
 
 

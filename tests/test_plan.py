@@ -158,6 +158,34 @@ def test_a_group_waits_for_cpus_and_for_gpus():
     assert not has_room(one_gpu, [replace(one_gpu, gpus=2.5)], THREE_GPUS)
 
 
+def test_groups_that_must_wait_count_for_the_makespan():
+    bases = [BaseSpec(model=f"base-{index}") for index in range(3)]
+    plan = plan_groups([need(f"task-{index}", base=base) for index, base in enumerate(bases)], TWO_CPUS, 16)
+    assert plan.makespan_s == pytest.approx(sum(group.seconds for group in plan.groups))
+    side_by_side = plan_groups([need(f"task-{i}", base=base) for i, base in enumerate(bases)], THREE_GPUS, 16)
+    assert side_by_side.makespan_s == max(group.seconds for group in side_by_side.groups)
+    assert side_by_side.gpu_hours == pytest.approx(sum(group.seconds for group in side_by_side.groups) / 3600)
+    assert plan.gpu_hours == 0.0
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("num_bases", [1, 5])
+def test_sixty_four_gpus_are_kept_busy(sigma, num_bases):
+    """A thousand tasks of log-normal length: within 10 % of what no schedule can beat."""
+    rng = random.Random(sigma)
+    cluster = ClusterSize(1024.0, 64.0, 128.0, 8.0, 512 * GIB, 80 * GIB)
+    bases = [BaseSpec(model=f"base-{index}") for index in range(num_bases)]
+    large = {"num_base_parameters": 10**9, "num_quantised_parameters": 0}
+    tasks = [
+        need(f"task-{i:04}", base=rng.choice(bases), num_train=int(20_000 * rng.lognormvariate(0, sigma)) + 1, **large)
+        for i in range(1000)
+    ]
+    plan = plan_groups(tasks, cluster, 16)
+    seconds = [need.num_flops / 4e13 for need in tasks]
+    assert not plan.refused
+    assert plan.makespan_s <= 1.1 * max(sum(seconds) / 64, max(seconds))
+
+
 def test_a_plan_never_has_more_groups_than_tasks():
     assert len(plan_groups(needs(2), THREE_GPUS, 16).groups) == 2
 
