@@ -168,6 +168,10 @@ class ResourceSpec(Part):
     """CPU cores per worker; omit for one beside a GPU, or the whole machine without one."""
     workers: int = Field(default=1, ge=1)
     """Data-parallel workers; 1 unless the base is large."""
+    accelerator: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Kind of GPU as Ray names it (A100, H100, L4, ...); omit to take any."""
+    priority: int = Field(default=0, ge=-1000, le=1000)
+    """Tasks with a higher number are trained first."""
     gradient_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of storing its insides: same adapter, less memory, more time."""
 
@@ -175,6 +179,8 @@ class ResourceSpec(Part):
     def _check(self) -> ResourceSpec:
         if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus above 1 must be a whole number; write 0.5, 1, 2, ...")
+        if self.accelerator is not None and self.gpus == 0:
+            raise ValueError("accelerator names a kind of GPU, and gpus is 0; omit one of the two")
         return self
 
 

@@ -23,6 +23,8 @@ from orchestrator.plan import ClusterSize, TrainingGroup
 from orchestrator.worker import GroupTask, train_group
 
 PACKAGES = ("multilora", "serve", "orchestrator")
+ACCELERATOR = "accelerator_type:"
+"""What Ray calls a node's kind of GPU among its resources."""
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 """Threads that wait must sleep: spinning ones made a small product 6 to 18 times slower beside one other busy process.
 
@@ -67,6 +69,10 @@ def local_size(config: OrchestratorConfig) -> ClusterSize:
 def cluster_size(config: OrchestratorConfig) -> ClusterSize:
     """Size of the connected cluster."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds: dict[str, float] = {}
+    for node in nodes:
+        for kind in (name.removeprefix(ACCELERATOR) for name in node if name.startswith(ACCELERATOR)):
+            kinds[kind] = kinds.get(kind, 0.0) + node.get("GPU", 0.0)
     return ClusterSize(
         num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
         num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
@@ -74,6 +80,7 @@ def cluster_size(config: OrchestratorConfig) -> ClusterSize:
         max_gpus_per_node=max(node.get("GPU", 0.0) for node in nodes),
         memory_bytes_per_node=int(max(node.get("memory", 0.0) for node in nodes)),
         memory_bytes_per_gpu=int(config.gpu_memory_gib * 2**30),
+        accelerators=tuple(sorted(kinds.items())),
     )
 
 
@@ -89,7 +96,9 @@ class RunningGroup:
             train_group,
             # Behind a reference: Ray Train's controller process unpacks what it is given, and would import torch and more for it.
             train_loop_config={"task": ray.put(task)},
-            scaling_config=ScalingConfig(num_workers=1, use_gpu=group.gpus > 0, resources_per_worker=resources),
+            scaling_config=ScalingConfig(
+                num_workers=1, use_gpu=group.gpus > 0, resources_per_worker=resources, accelerator_type=group.accelerator
+            ),
             run_config=RunConfig(
                 name=name,
                 storage_path=str(config.workspace / "ray"),

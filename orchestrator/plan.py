@@ -86,6 +86,14 @@ class ClusterSize:
     max_gpus_per_node: float
     memory_bytes_per_node: int
     memory_bytes_per_gpu: int
+    accelerators: tuple[tuple[str, float], ...] | None = None
+    """GPUs of each kind; None where it is not known."""
+
+    def num_gpus_of(self, accelerator: str | None) -> float:
+        """GPUs of a kind, or all."""
+        if accelerator is None or self.accelerators is None:
+            return self.num_gpus
+        return dict(self.accelerators).get(accelerator, 0.0)
 
 
 @dataclass(frozen=True)
@@ -101,11 +109,14 @@ class TrainingGroup:
     memory_bytes: int
     num_steps: int
     seconds: float
+    accelerator: str | None = None
+    """Kind of GPU that it must have."""
+    priority: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups to train, longest first, and the tasks that cannot run here, with the reason."""
+    """Groups to train, highest priority and longest first, and the tasks that cannot run here, with the reason."""
 
     groups: tuple[TrainingGroup, ...]
     refused: tuple[tuple[str, str], ...]
@@ -131,17 +142,19 @@ def plan_groups(
     `rates` are measured operations a second on one core or GPU, by `rate_key`.
     """
     refused: list[tuple[str, str]] = []
-    alike: dict[tuple[str, bool, float, float], list[TaskNeed]] = {}
+    alike: dict[tuple[object, ...], list[TaskNeed]] = {}
     for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
         gpus, cpus = _worker_size(need.resources, cluster)
         if reason := _infeasible(need, gpus, cpus, cluster):
             refused.append((need.task, reason))
         else:
-            kind = (need.base.model_dump_json(), need.resources.gradient_checkpointing, gpus, cpus)
+            resources = need.resources
+            kind = (need.base, resources.gradient_checkpointing, resources.accelerator, resources.priority, gpus, cpus)
             alike.setdefault(kind, []).append(need)
     groups: list[TrainingGroup] = []
-    for (_, _, gpus, cpus), tasks in alike.items():
-        num_lanes = max(1, min(_num_workers(gpus, cpus, cluster), len(tasks)))
+    for tasks in alike.values():
+        gpus, cpus = _worker_size(tasks[0].resources, cluster)
+        num_lanes = max(1, min(_num_workers(tasks[0].resources.accelerator, gpus, cpus, cluster), len(tasks)))
         lanes: list[list[TaskNeed]] = [[] for _ in range(num_lanes)]
         loads = [(0.0, index) for index in range(num_lanes)]  # a heap
         for need in tasks:
@@ -150,7 +163,7 @@ def plan_groups(
             heapreplace(loads, (load + need.num_tokens, index))
         fitting = [part for lane in lanes for part in _fitting_parts(lane, _budget(gpus, cluster))]
         groups += [_group(part, gpus, cpus, cluster, max_slots, rates or {}) for part in fitting]
-    ordered = sorted(groups, key=lambda group: (-group.seconds, group.group_id))
+    ordered = sorted(groups, key=lambda group: (-group.priority, -group.seconds, group.group_id))
     return Plan(tuple(ordered), tuple(sorted(refused)), _makespan_s(ordered, cluster))
 
 
@@ -171,6 +184,12 @@ def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterS
     # Ten tenths of a GPU add up to a little more or less than one.
     free_cpus = size.num_cpus - sum(other.cpus for other in busy) + 1e-9
     free_gpus = size.num_gpus - sum(other.gpus for other in busy) + 1e-9
+    if group.accelerator is not None:
+        # What asks for no kind may have taken this one, as far as there are not enough of the others.
+        num_of_kind = size.num_gpus_of(group.accelerator)
+        taken = sum(other.gpus for other in busy if other.accelerator == group.accelerator)
+        anywhere = sum(other.gpus for other in busy if other.accelerator is None)
+        free_gpus = min(free_gpus, num_of_kind - taken - max(0.0, anywhere - (size.num_gpus - num_of_kind)) + 1e-9)
     return group.cpus <= free_cpus and group.gpus <= free_gpus
 
 
@@ -180,11 +199,12 @@ def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, 
     return float(gpus), float(cpus)
 
 
-def _num_workers(gpus: float, cpus: float, cluster: ClusterSize) -> int:
+def _num_workers(accelerator: str | None, gpus: float, cpus: float, cluster: ClusterSize) -> int:
     """Count the workers that run side by side; a fraction of a GPU lies on one GPU."""
+    num_gpus = cluster.num_gpus_of(accelerator)
     if 0 < gpus < 1:
-        return int(cluster.num_gpus) * int(1 / gpus + 1e-9)
-    return int(cluster.num_gpus // gpus if gpus else cluster.num_cpus // cpus)
+        return int(num_gpus) * int(1 / gpus + 1e-9)
+    return int(num_gpus // gpus if gpus else cluster.num_cpus // cpus)
 
 
 def _fitting_parts(lane: list[TaskNeed], budget: int) -> list[list[TaskNeed]]:
@@ -204,6 +224,10 @@ def _fitting_parts(lane: list[TaskNeed], budget: int) -> list[list[TaskNeed]]:
 def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) -> str | None:
     if need.resources.workers > 1:
         return "resources.workers above 1 (data-parallel training) is not available in this version; set it to 1"
+    accelerator = need.resources.accelerator
+    if accelerator is not None and gpus > cluster.num_gpus_of(accelerator):
+        found = ", ".join(f"{count:g} {kind}" for kind, count in cluster.accelerators or ()) or "none that is named"
+        return f"needs {gpus:g} GPUs of kind {accelerator}, the cluster has {found}; change resources.accelerator"
     if gpus > cluster.max_gpus_per_node:
         return f"needs {gpus:g} GPUs on one node, the largest node has {cluster.max_gpus_per_node:g}; lower resources.gpus"
     if cpus > cluster.max_cpus_per_node:
@@ -241,6 +265,8 @@ def _group(
         memory_bytes=_memory_bytes(lane, num_slots),
         num_steps=sum(need.num_steps for need in lane),
         seconds=START_UP_S + num_flops / (rate * (gpus or cpus)),
+        accelerator=lane[0].resources.accelerator,
+        priority=lane[0].resources.priority,
     )
 
 

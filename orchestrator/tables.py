@@ -25,7 +25,7 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
     if planned.plan.groups:
         table = table_of("group", "base", "tasks", "examples", "steps", "device", "memory", "time")
         for group in planned.plan.groups:
-            device = f"{group.gpus:g} GPU" if group.gpus else f"{group.cpus:g} CPU"
+            device = f"{group.gpus:g} {group.accelerator or 'GPU'}" if group.gpus else f"{group.cpus:g} CPU"
             table.add_row(
                 group.group_id,
                 f"{group.base.model} {group.base.dtype}",

@@ -132,6 +132,42 @@ def test_gpu_lanes(gpus, num_groups, on_gpus):
     assert {group.cpus for group in plan.groups} == {1.0 if on_gpus else 16.0}
 
 
+MIXED_GPUS = replace(THREE_GPUS, accelerators=(("A100", 2.0), ("L4", 1.0)))
+
+
+def test_a_wanted_kind_of_gpu_has_lanes_of_its_own():
+    on_l4 = [need(f"l4-{i}", resources=ResourceSpec(accelerator="L4")) for i in range(4)]
+    on_a100 = [need(f"a100-{i}", resources=ResourceSpec(accelerator="A100")) for i in range(4)]
+    plan = plan_groups([*on_l4, *on_a100], MIXED_GPUS, 16)
+    assert sorted((group.accelerator, len(group.members)) for group in plan.groups) == [("A100", 2), ("A100", 2), ("L4", 4)]
+    # Where Ray has not been asked yet, any kind may be there.
+    assert not plan_groups(on_l4, THREE_GPUS, 16).refused
+
+
+def test_a_kind_of_gpu_that_is_not_there_is_refused():
+    plan = plan_groups([need("wish", resources=ResourceSpec(accelerator="H100")), need("any")], MIXED_GPUS, 16)
+    reason = "needs 1 GPUs of kind H100, the cluster has 2 A100, 1 L4; change resources.accelerator"
+    assert plan.refused == (("wish", reason),)
+    assert [group.members for group in plan.groups] == [("any",)]
+
+
+def test_a_group_waits_for_its_kind_of_gpu():
+    l4 = plan_groups([need(resources=ResourceSpec(accelerator="L4"))], MIXED_GPUS, 16).groups[0]
+    a100, anywhere = replace(l4, accelerator="A100"), replace(l4, accelerator=None)
+    assert has_room(l4, [a100, a100], MIXED_GPUS)
+    assert not has_room(l4, [l4], MIXED_GPUS)
+    # Two that run anywhere may both be on the A100s; a third must be on the L4.
+    assert has_room(l4, [anywhere, anywhere], MIXED_GPUS)
+    assert has_room(a100, [anywhere, a100], MIXED_GPUS)
+    assert not has_room(a100, [anywhere, anywhere, anywhere], MIXED_GPUS)
+
+
+def test_higher_priority_goes_first_whatever_its_length():
+    urgent, later = (need(name, resources=ResourceSpec(priority=priority)) for name, priority in (("urgent", 5), ("later", -1)))
+    plan = plan_groups([need("long", epochs=50), later, urgent], TWO_CPUS, 16)
+    assert [group.members for group in plan.groups] == [("urgent",), ("long",), ("later",)]
+
+
 def test_cpu_lanes():
     plan = plan_groups(needs(7, resources=ResourceSpec(gpus=0, cpus=8)), THREE_GPUS, 16)
     assert sorted(len(group.members) for group in plan.groups) == [1, 2, 2, 2]
