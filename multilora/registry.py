@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
+from sqlalchemy.exc import SQLAlchemyError
 
 from multilora.errors import RegistryError
 
@@ -63,10 +65,11 @@ class Registry:
     """MLflow tracking and model registry behind one URI."""
 
     def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
-        """Connect. `artifact_root` is where files go when the store is a local database without a server."""
+        """Connect, or raise RegistryError. `artifact_root` is where files go when the store is a database without a server."""
         self.tracking_uri = tracking_uri
         self._artifact_root = artifact_root
-        self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
+        with _named_errors(tracking_uri):
+            self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
     def initialise(self) -> None:
         """Create or migrate the store. Called once, by the controller, before any worker: processes race otherwise."""
@@ -292,7 +295,7 @@ def _process_default(tracking_uri: str) -> Iterator[None]:
 def _named_errors(tracking_uri: str) -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:  # a local store lets its own errors through
         raise RegistryError(
             f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable"
         ) from error

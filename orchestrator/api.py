@@ -22,7 +22,7 @@ from multilora.errors import CapacityError, MultiLoraError, Problem
 from multilora.registry import Registry
 from multilora.spec import GateSpec, TaskSpec
 from multilora.spec_files import load_task_specs
-from orchestrator.cluster import cluster_size, local_size, ray_session
+from orchestrator.cluster import cluster_size, local_size, probe_nodes, ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller
 from orchestrator.judge import VerdictKind
@@ -119,6 +119,7 @@ def _submit(
         outcomes = tuple(controller.outcome_of(work) for work in works)
         return SubmitResult(outcomes, tuple(problems), _standing_outcome(works), None, None)
     with ray_session(config):
+        _check_storage(config)
         size = cluster_size(config)
         needs = [work.prepared.need for work in works if work.action is Action.TRAIN]
         planned = _plan(needs, size, config)
@@ -181,6 +182,16 @@ def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[T
         else:
             outcomes.append(TaskOutcome(task, "", "verified", gate.metric, gate.min, gate.margin, key))
     return tuple(outcomes)
+
+
+def _check_storage(config: OrchestratorConfig) -> None:
+    """Found now, or by a worker after an epoch. Raises CapacityError."""
+    blind = [node.address for node in probe_nodes(config.workspace) if not node.sees_workspace] if config.ray_address else []
+    if blind:
+        raise CapacityError(
+            f"nodes {', '.join(blind)} do not see {config.workspace}: put the workspace on storage that all nodes share "
+            "(--workspace); orchestrator doctor says more"
+        )
 
 
 def _plan(needs: Sequence[TaskNeed], size: ClusterSize, config: OrchestratorConfig) -> Plan:

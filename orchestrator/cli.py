@@ -235,6 +235,30 @@ def stop(workspace: Workspace = None) -> None:
         print(f"{name}: {'stopped' if background.stop(state_file) else 'was not running'}")
 
 
+@app.command(epilog="Example: orchestrator doctor tasks/*.yaml")
+def doctor(
+    files: Annotated[list[Path] | None, typer.Argument(help="Specs whose bases to look for.", metavar="TASK.yaml...")] = None,
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Check what goes wrong first: disk, memory, MLflow, bases, and versions, storage and GPUs of every node."""
+    from orchestrator.doctor import examine
+
+    specs, problems = _load(files) if files else ([], [])
+    checks = []
+    for check in examine(_config(workspace), specs):
+        checks.append(check)
+        if not as_json:
+            print(f"{'ok  ' if check.is_ok else 'FAIL'}  {check.name}: {check.finding}")
+            if not check.is_ok:
+                print(f"      Fix: {check.fix}")
+    if as_json:
+        _print_json({"checks": [asdict(check) for check in checks], "problems": [asdict(problem) for problem in problems]})
+    else:
+        _print_problems(problems)
+    raise typer.Exit(2 if problems else 0 if all(check.is_ok for check in checks) else 1)
+
+
 @app.command(epilog="Example: orchestrator schema > tasks/schema.json")
 def schema() -> None:
     """Print the JSON schema of task specs, for editors."""

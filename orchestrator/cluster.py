@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import threading
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from multilora.errors import CapacityError
 from multilora.spec import BaseSpec
@@ -22,6 +27,9 @@ from orchestrator.evaluate import EvalItem, EvalOutcome, evaluate
 from orchestrator.plan import ClusterSize, TrainingGroup
 from orchestrator.worker import GroupTask, train_group
 
+LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
+"""What training depends on, so that it must be the same on every node."""
+PROBE_TIMEOUT_S = 120.0
 PACKAGES = ("multilora", "serve", "orchestrator")
 ACCELERATOR = "accelerator_type:"
 """What Ray calls a node's kind of GPU among its resources."""
@@ -33,8 +41,8 @@ oneDNN remembers 1024 shapes of products by default; training on batches of 400 
 
 
 @contextmanager
-def ray_session(config: OrchestratorConfig) -> Iterator[None]:
-    """Connect to the configured cluster, or run a local Ray for as long as the block lasts."""
+def ray_session(config: OrchestratorConfig) -> Iterator[str]:
+    """Connect to the configured cluster, or run a local Ray for as long as the block lasts; gives the dashboard's address."""
     root = Path(__file__).resolve().parents[1]
     remote_env = {"py_modules": [str(root / package) for package in PACKAGES], "env_vars": WORKER_ENV}
     if not config.ray_address:
@@ -42,7 +50,7 @@ def ray_session(config: OrchestratorConfig) -> Iterator[None]:
         os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
     try:
         # The dashboard stays on: without it Ray Train cannot free the resources of a run whose driver died.
-        ray.init(
+        context = ray.init(
             address=config.ray_address or "local",
             include_dashboard=True if not config.ray_address else None,
             log_to_driver=False,
@@ -52,7 +60,7 @@ def ray_session(config: OrchestratorConfig) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise CapacityError(f"Ray at {config.ray_address or 'this machine'} cannot be used: {error}") from error
     try:
-        yield
+        yield str(context.dashboard_url or "")
     finally:
         ray.shutdown()
 
@@ -60,7 +68,7 @@ def ray_session(config: OrchestratorConfig) -> Iterator[None]:
 def local_size(config: OrchestratorConfig) -> ClusterSize:
     """Size of this machine, for a plan without Ray."""
     num_cpus = float(psutil.cpu_count() or 1)
-    num_gpus = float(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+    num_gpus = float(num_gpu_devices())
     memory = psutil.virtual_memory().available
     gpu_bytes = int(config.gpu_memory_gib * 2**30)
     return ClusterSize(num_cpus, num_gpus, num_cpus, num_gpus, memory, gpu_bytes)
@@ -82,6 +90,58 @@ def cluster_size(config: OrchestratorConfig) -> ClusterSize:
         memory_bytes_per_gpu=int(config.gpu_memory_gib * 2**30),
         accelerators=tuple(sorted(kinds.items())),
     )
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What one node of the cluster has."""
+
+    address: str
+    num_gpus: float
+    """As Ray was told."""
+    num_devices: int
+    """NVIDIA devices that the node itself sees."""
+    versions: Mapping[str, str]
+    sees_workspace: bool
+    error: str = ""
+    """Why it gave no answer."""
+
+
+def probe_nodes(workspace: Path) -> list[NodeFacts]:
+    """Ask every node of the connected cluster for its versions and devices, and whether it sees `workspace`."""
+    file, content = workspace / f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex
+    workspace.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        asked = [
+            _facts.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(file))
+            for node in nodes
+        ]
+        found = []
+        for node, answer in zip(nodes, asked, strict=True):
+            address, num_gpus = node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0)
+            try:
+                versions, num_devices, seen = ray.get(answer, timeout=PROBE_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                found.append(NodeFacts(address, num_gpus, 0, {}, False, f"{type(error).__name__}: {error}".splitlines()[0]))
+            else:
+                found.append(NodeFacts(address, num_gpus, num_devices, versions, seen == content))
+        return found
+    finally:
+        file.unlink(missing_ok=True)
+
+
+@ray.remote(num_cpus=0)
+def _facts(file: str) -> tuple[dict[str, str], int, str | None]:
+    versions = {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
+    seen = Path(file).read_text(encoding="utf-8") if Path(file).is_file() else None
+    return versions, num_gpu_devices(), seen
+
+
+def num_gpu_devices() -> int:
+    """NVIDIA devices that this machine sees."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 class RunningGroup:
