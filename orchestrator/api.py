@@ -186,7 +186,7 @@ def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[T
 
 def _check_storage(config: OrchestratorConfig) -> None:
     """Found now, or by a worker after an epoch. Raises CapacityError."""
-    blind = [node.address for node in probe_nodes(config.workspace) if not node.sees_workspace] if config.ray_address else []
+    blind = [node.name for node in probe_nodes(config.workspace) if not node.sees_workspace] if config.ray_address else []
     if blind:
         raise CapacityError(
             f"nodes {', '.join(blind)} do not see {config.workspace}: put the workspace on storage that all nodes share "

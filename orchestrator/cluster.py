@@ -96,7 +96,8 @@ def cluster_size(config: OrchestratorConfig) -> ClusterSize:
 class NodeFacts:
     """What one node of the cluster has."""
 
-    address: str
+    name: str
+    """Address, and the beginning of its id: several nodes may share an address."""
     num_gpus: float
     """As Ray was told."""
     num_devices: int
@@ -120,13 +121,13 @@ def probe_nodes(workspace: Path) -> list[NodeFacts]:
         ]
         found = []
         for node, answer in zip(nodes, asked, strict=True):
-            address, num_gpus = node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0)
+            name, num_gpus = f"{node['NodeManagerAddress']} {node['NodeID'][:8]}", node["Resources"].get("GPU", 0.0)
             try:
                 versions, num_devices, seen = ray.get(answer, timeout=PROBE_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
-                found.append(NodeFacts(address, num_gpus, 0, {}, False, f"{type(error).__name__}: {error}".splitlines()[0]))
+                found.append(NodeFacts(name, num_gpus, 0, {}, False, f"{type(error).__name__}: {error}".splitlines()[0]))
             else:
-                found.append(NodeFacts(address, num_gpus, num_devices, versions, seen == content))
+                found.append(NodeFacts(name, num_gpus, num_devices, versions, seen == content))
         return found
     finally:
         file.unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def _ray(config: OrchestratorConfig) -> Iterator[Check]:
 def _nodes(nodes: Sequence[NodeFacts], config: OrchestratorConfig) -> Iterator[Check]:
     expected = {name: version(name) for name in LIBRARIES}
     for node in nodes:
-        name = f"node {node.address}"
+        name = f"node {node.name}"
         if node.error:
             yield Check(name, False, node.error, "look at its raylet's log, or stop the node")
             continue

@@ -83,7 +83,9 @@ class FrozenPrefix:
             known_BTH = self._known(is_real_BT, hidden_BTH) if is_last else hidden_BTH
             return (known_BTH, self._t5_bias(layer, hidden_BTH, *args), None) if self._is_t5 else known_BTH
         output = forward(hidden_BTH, *args, **options)
-        if is_last:
+        if not self._is_t5 and not isinstance(output, Tensor):  # DeBERTa's layers hand on more than hidden states
+            self.num_layers, self._is_real_BT = 0, None
+        elif is_last:
             self._keep(output[0] if self._is_t5 else output, is_real_BT)
         return output
 

@@ -81,7 +81,7 @@ def test_bases_are_looked_for(config, base_folder, monkeypatch):
 
 
 def test_nodes_that_are_alike_are_fine(config):
-    assert not failing(doctor._nodes([NODE, replace(NODE, address="10.0.0.8")], config))
+    assert not failing(doctor._nodes([NODE, replace(NODE, name="10.0.0.8")], config))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_nodes_that_are_alike_are_fine(config):
     ],
 )
 def test_what_is_wrong_with_a_node_is_named(changes, name, finding, config):
-    found = failing(doctor._nodes([NODE, replace(NODE, **{"address": "10.0.0.7", **changes})], config))
+    found = failing(doctor._nodes([replace(NODE, name="10.0.0.8"), replace(NODE, **changes)], config))
     assert list(found) == [name]
     assert finding in found[name].finding
     assert found[name].fix

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_trainer import Trained, assert_same_losses, assert_same_weights, member_of
+from transformers import DebertaV2Config, DebertaV2Model
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from multilora.target_modules import match_modules
@@ -97,3 +98,19 @@ def test_a_cache_of_keys_and_values_is_filled_by_all_layers(fresh_base):
     torch.testing.assert_close(again, first)
     torch.testing.assert_close(cached.logits, first)
     assert cached.past_key_values.layers[0].keys.shape[2] == 8
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_left_alone():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    model = DebertaV2Model(DebertaV2Config(vocab_size=50, relative_attention=True, **sizes)).eval()
+    ids_BT = torch.arange(5, 15)[None]
+    mask_BT = torch.ones_like(ids_BT)
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        prefix = FrozenPrefix(model, match_modules(model, "all-linear", [-1]))
+        prefix.reserve(0, 10)
+        assert (prefix.num_layers, prefix.is_on) == (2, True)
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, expected)
+    assert not prefix.is_on

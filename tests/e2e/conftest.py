@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,8 @@ class CommandLine:
     """`orchestrator` over one workspace."""
 
     workspace: Path
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Further variables of its environment."""
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """Start a command; it leads a process group of its own, as under a shell."""
@@ -40,7 +42,7 @@ class CommandLine:
         """This environment with the workspace in it."""
         # Only the embedded default is tested here, whatever the machine or another test has set.
         inherited = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
-        return {**inherited, "ORCHESTRATOR_HOME": str(self.workspace)}
+        return {**inherited, "ORCHESTRATOR_HOME": str(self.workspace), **self.settings}
 
     def python(self, code: str) -> str:
         """Run Python code over the workspace and return what it printed."""
