@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,6 +38,7 @@ Workspace = Annotated[
     Path | None, typer.Option("--workspace", help="Folder for all state; default ORCHESTRATOR_HOME, else .orchestrator.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Train again what has not changed.")]
+WATCH_EVERY_S = 2.0
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
 Foreground = Annotated[bool, typer.Option("--foreground", help="Stay in this terminal instead of returning when ready.")]
 
@@ -130,28 +132,33 @@ def submit(
     raise typer.Exit(_exit_code(result, problems))
 
 
-@app.command(epilog="Example: orchestrator status client-talk --json")
+@app.command(epilog="Example: orchestrator status client-talk --watch")
 def status(
     tasks: Annotated[list[str] | None, typer.Argument(help="Task names; all when omitted.")] = None,
     as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show every change until Ctrl-C.")] = False,
     workspace: Workspace = None,
 ) -> None:
     """Show champion, versions and run status of every task."""
     from orchestrator import background, tables
     from orchestrator.status import status as status_of
 
-    config = _config(workspace)
-    with _errors():
-        rows = status_of(config, tasks or ())
-    endpoint = background.find(config.serve_file)
-    if as_json:
-        _print_json({"tasks": [asdict(row) for row in rows], "endpoint": endpoint.url if endpoint else None})
-        return
-    table = tables.table_of("task", "champion", "versions", "last run", "why")
-    for row in rows:
-        table.add_row(row.task, f"v{row.champion}" if row.champion else "none", str(row.num_versions), row.status, row.reason)
-    tables.print_rich(table)
-    print(f"endpoint: {endpoint.url if endpoint else 'not running'}")
+    config, shown = _config(workspace), None
+    while True:  # typer ends quietly on Ctrl-C
+        with _errors():
+            rows = status_of(config, tasks or ())
+        endpoint = background.find(config.serve_file)
+        found = {"tasks": [asdict(row) for row in rows], "endpoint": endpoint.url if endpoint else None}
+        if found != shown:
+            shown = found
+            if as_json:
+                _print_json(found)
+            else:
+                tables.print_status(rows, endpoint.url if endpoint else None)
+        if not watch:
+            return
+        sys.stdout.flush()
+        time.sleep(WATCH_EVERY_S)
 
 
 @app.command(epilog="Example: orchestrator report --json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from orchestrator.report_page import SummaryRow, summary_rows
 if TYPE_CHECKING:
     from orchestrator.api import PlannedSubmission, SubmitResult
     from orchestrator.plan import Plan
+    from orchestrator.status import TaskStatus
 
 
 def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> None:
@@ -53,6 +55,15 @@ def cost_of(plan: Plan, gpu_price: float | None) -> str:
         if gpu_price is not None:
             parts.append(f"~{plan.gpu_hours * gpu_price:.2f} at {gpu_price:g} a GPU-hour")
     return ", ".join(parts)
+
+
+def print_status(rows: Sequence[TaskStatus], endpoint: str | None) -> None:
+    """Print where every task stands."""
+    table = table_of("task", "champion", "versions", "last run", "why")
+    for row in rows:
+        table.add_row(row.task, f"v{row.champion}" if row.champion else "none", str(row.num_versions), row.status, row.reason)
+    print_rich(table)
+    print(f"endpoint: {endpoint or 'not running'}")
 
 
 def print_result(result: SubmitResult) -> None:
