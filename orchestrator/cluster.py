@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,6 +144,29 @@ def _facts(file: str) -> tuple[dict[str, str], int, str | None]:
 def num_gpu_devices() -> int:
     """NVIDIA devices that this machine sees."""
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+@contextmanager
+def held_interrupt() -> Iterator[threading.Event]:
+    """Note a Ctrl-C instead of raising KeyboardInterrupt wherever the program happens to be; the second one is raised.
+
+    Raised inside a destructor or a callback of a library it would be lost, inside a write to MLflow half a step undone.
+    """
+    is_interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+        yield is_interrupted
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: object) -> None:
+        is_interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield is_interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class RunningGroup:

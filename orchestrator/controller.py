@@ -20,7 +20,7 @@ from multilora.errors import AdapterError, MultiLoraError, OutdatedAdapterError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import BaseSpec, spec_hash
 from orchestrator.adapter_run import Member, TrainEvent
-from orchestrator.cluster import RunningGroup, evaluate_on_cluster
+from orchestrator.cluster import RunningGroup, evaluate_on_cluster, held_interrupt
 from orchestrator.config import OrchestratorConfig
 from orchestrator.evaluate import EvalItem, load_reports, store_reports
 from orchestrator.judge import GateInput, judge
@@ -85,21 +85,21 @@ class Controller:
     def train(self, works: Sequence[TaskWork], groups: Sequence[TrainingGroup], size: ClusterSize) -> None:
         """Train groups side by side as far as the cluster has room, registering every adapter as it finishes.
 
-        Groups wait here and not in Ray, which gives up on a worker that finds no room in time. On KeyboardInterrupt
-        workers save and end, runs become CANCELLED, and the interrupt goes on to the caller.
+        Groups wait here and not in Ray, which gives up on a worker that finds no room in time. On Ctrl-C
+        workers save and end, runs become CANCELLED, and KeyboardInterrupt is raised.
         """
         by_key = {work.prepared.run_key: work for work in works}
         by_task = {work.task: work for work in works}
         mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
         waiting, running = list(groups), list[RunningGroup]()
-        try:
-            while waiting or any(started.is_running for started in running):
+        with held_interrupt() as is_interrupted:
+            while not is_interrupted.is_set() and (waiting or any(started.is_running for started in running)):
                 busy = [started.group for started in running if started.is_running]
                 if waiting and has_room(waiting[0], busy, size):
                     running.append(self._start_group(waiting.pop(0), by_task, mailbox))
                 self._handle(ray.get(mailbox.take.remote()), by_key)
-                time.sleep(POLL_S)
-        except KeyboardInterrupt:
+                is_interrupted.wait(POLL_S)
+        if is_interrupted.is_set():
             ray.get(mailbox.stop.remote())
             for started in running:
                 started.wait(STOP_TIMEOUT_S)
@@ -107,7 +107,7 @@ class Controller:
             for work in works:
                 if work.status is Status.TRAINING:
                     self._move(work, Event.CANCELLED, "interrupted; submit again to continue")
-            raise
+            raise KeyboardInterrupt
         self._handle(ray.get(mailbox.take.remote()), by_key)
         for started in running:
             for name in started.group.members:
