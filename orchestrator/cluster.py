@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from multilora.errors import CapacityError
@@ -181,6 +181,8 @@ class RunningGroup:
             train_group,
             # Behind a reference: Ray Train's controller process unpacks what it is given, and would import torch and more for it.
             train_loop_config={"task": ray.put(task)},
+            # A single worker talks to nobody, and NCCL may not be there.
+            torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
                 num_workers=1, use_gpu=group.gpus > 0, resources_per_worker=resources, accelerator_type=group.accelerator
             ),
