@@ -151,12 +151,13 @@ def held_interrupt() -> Iterator[threading.Event]:
     """Note a Ctrl-C instead of raising KeyboardInterrupt wherever the program happens to be; the second one is raised.
 
     Raised inside a destructor or a callback of a library it would be lost, inside a write to MLflow half a step undone.
+    Ignored it stays, as shells have it for what they start in the background.
     """
     is_interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread hears of signals
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():  # which alone hears of signals
         yield is_interrupted
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: object) -> None:
         is_interrupted.set()

@@ -30,12 +30,17 @@ class CommandLine:
     """Further variables of its environment."""
 
     def start(self, *words: object) -> subprocess.Popen[str]:
-        """Start a command; it leads a process group of its own, as under a shell."""
+        """Start a command; it leads a process group of its own and hears interrupts, as in a terminal."""
         argv = [sys.executable, "-m", "orchestrator", *map(str, words)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            argv, env=self.env, cwd=self.workspace.parent, text=True, stdout=pipe, stderr=pipe, start_new_session=True
-        )
+        # Where the tests run in the background of a shell, interrupts are ignored, and that is inherited.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            return subprocess.Popen(
+                argv, env=self.env, cwd=self.workspace.parent, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @property
     def env(self) -> dict[str, str]:
