@@ -20,8 +20,6 @@ from orchestrator.config import OrchestratorConfig
 
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 """Less than this and even a small base with a few adapters gets into trouble."""
-
-
 HEALTH_TIMEOUT_S = 10.0
 
 
@@ -40,6 +38,8 @@ def examine(config: OrchestratorConfig, specs: Sequence[TaskSpec] = ()) -> Itera
     """Look at everything that `submit` needs; the bases are those of `specs`. Takes seconds: yields as it goes."""
     yield Check("versions", True, ", ".join(f"{name} {version(name)}" for name in (*LIBRARIES, "mlflow")))
     yield _workspace(config)
+    if not os.access(config.workspace, os.W_OK):
+        return  # MLflow's store and the nodes' probe are written there
     free_gib = psutil.virtual_memory().available / 2**30
     fix = "close other programs, or train on a larger machine"
     yield Check("memory", free_gib >= MIN_MEMORY_GIB, f"{free_gib:.1f} GiB free", fix)

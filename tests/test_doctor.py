@@ -34,8 +34,8 @@ def test_a_workspace_that_can_be_made_is_fine(config):
 
 def test_a_workspace_below_a_file_is_not(tmp_path):
     (tmp_path / "file").write_text("")
-    check = doctor._workspace(OrchestratorConfig(workspace=tmp_path / "file" / "workspace"))
-    assert (check.is_ok, check.fix) == (False, "choose another folder with --workspace")
+    *_, check = doctor.examine(OrchestratorConfig(workspace=tmp_path / "file" / "workspace"))
+    assert (check.name, check.is_ok, check.fix) == ("workspace", False, "choose another folder with --workspace")
 
 
 def test_a_full_disk_is_found(config, monkeypatch):
