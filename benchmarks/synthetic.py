@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from benchmarks.shapes import ALPHA, RANK
 from multilora.base_files import BaseFiles
 from multilora.base_model import FrozenBase
 from multilora.spec import BaseSpec, TaskSpec
-from orchestrator.adapter_run import Member, TrainEvent
 from orchestrator.batching import batch_indices
 from orchestrator.dataset import Example
+from orchestrator.group_task import Member, TrainEvent
 from orchestrator.trainer import GroupTrainer
 
 LABELS = ("yes", "no")
@@ -73,8 +74,19 @@ def group_of(
         ]
         trainer = GroupTrainer(base_of(model), members, len(members), on_event)
         steps = iter(range(num_steps))
-        trainer.train(should_stop=lambda: next(steps, None) is None, checkpoint_every_s=NEVER_S)
+
+        def stopped() -> Collection[str]:
+            if next(steps, None) is None:
+                raise _Enough  # asked to stop, the trainer would empty their slots
+            return ()
+
+        with suppress(_Enough):
+            trainer.train(stopped, NEVER_S)
     return trainer
+
+
+class _Enough(Exception):  # noqa: N818  nothing went wrong
+    pass
 
 
 def _task(name: str, num_rows: int, num_tokens: int) -> Task:

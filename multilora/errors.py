@@ -62,6 +62,10 @@ class RegistryError(MultiLoraError):
     """MLflow cannot be reached or does not hold what was asked for."""
 
 
+class RegistryAwayError(RegistryError):
+    """MLflow cannot be reached now; the same call may succeed later."""
+
+
 class CapacityError(MultiLoraError):
     """There is no room now: no GPU, no slot, no memory; or none that could ever fit."""
 

@@ -7,10 +7,12 @@ import os
 import warnings
 
 
-def setup_logging(level: str | None = None) -> None:
-    """Send `event key=value` lines to stderr at `level` (default: ORCHESTRATOR_LOG, else WARNING)."""
+def setup_logging(level: str | None = None, log_file: str | None = None) -> None:
+    """Send `event key=value` lines to stderr, and to a file, at `level` (default: ORCHESTRATOR_LOG, else WARNING)."""
     chosen = (level or os.environ.get("ORCHESTRATOR_LOG") or "WARNING").upper()
-    logging.basicConfig(level=chosen, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(), *([logging.FileHandler(log_file)] if log_file else [])]
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=chosen, format=form, handlers=handlers, force=True)
     # Progress bars for files of a few kilobytes tell nobody anything.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -1,21 +1,25 @@
 """The only file that knows MLflow: runs, metrics, adapter versions, aliases, downloads.
 
 One writer: the controller. Replicas only read. A run is found again by its run key, a version by its run, so that every
-write can be repeated after a crash without making a second one.
+write can be repeated, after a crash or while MLflow is away, without making a second one.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import mlflow
+import requests
+import tenacity
 from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -24,13 +28,34 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 from sqlalchemy.exc import SQLAlchemyError
 
-from multilora.errors import RegistryError
+from multilora.errors import RegistryAwayError, RegistryError
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 TAG_OWNER, TAG_STATUS, TAG_RUN_KEY, TAG_REASON = "orchestrator", "status", "run_key", "end_reason"
+TAG_ATTEMPT = "attempt"
 ADAPTER_PATH = "adapter"
+MAX_WAIT_S = 30.0  # between two attempts to reach MLflow
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
+# Its own seven attempts take four silent minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+
+def patiently(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Make a method name its errors, and try again as long as the registry's patience lasts where MLflow is away."""
+
+    @functools.wraps(method)
+    def attempts(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        def attempt() -> T:
+            with _named_errors(self.tracking_uri):
+                return method(self, *args, **kwargs)
+
+        result: T = self._retrying.copy()(attempt)
+        return result
+
+    return attempts
 
 
 @dataclass(frozen=True)
@@ -64,17 +89,33 @@ class RunRecord:
 class Registry:
     """MLflow tracking and model registry behind one URI."""
 
-    def __init__(self, tracking_uri: str, artifact_root: Path | None = None) -> None:
-        """Connect, or raise RegistryError. `artifact_root` is where files go when the store is a database without a server."""
+    def __init__(
+        self,
+        tracking_uri: str,
+        artifact_root: Path | None = None,
+        patience_s: float = 0.0,
+        on_away: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Connect, or raise RegistryError. `artifact_root` is where files go when the store is a database without a server.
+
+        Where MLflow is away every call is repeated for `patience_s`; `on_away` hears of each failure, and may raise.
+        """
         self.tracking_uri = tracking_uri
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(RegistryAwayError),
+            wait=tenacity.wait_exponential(max=MAX_WAIT_S),
+            stop=tenacity.stop_after_delay(patience_s),
+            before_sleep=lambda state: on_away(str(state.outcome and state.outcome.exception())),
+            reraise=True,
+        )
         self._artifact_root = artifact_root
         with _named_errors(tracking_uri):
             self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
+    @patiently
     def initialise(self) -> None:
         """Create or migrate the store. Called once, by the controller, before any worker: processes race otherwise."""
-        with _named_errors(self.tracking_uri):
-            self._client.search_experiments(max_results=1)
+        self._client.search_experiments(max_results=1)
 
     def find_run(self, task: str, run_key: str) -> RunRecord | None:
         """Find the run of this exact training, if there was one."""
@@ -83,43 +124,45 @@ class Registry:
 
     def start_run(self, task: str, run_key: str, params: Mapping[str, object], tags: Mapping[str, str]) -> RunRecord:
         """Create the run of one adapter's training."""
-        with _named_errors(self.tracking_uri):
-            experiment = self._client.get_experiment_by_name(task)
-            location = (self._artifact_root / task).as_uri() if self._artifact_root else None
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else self._client.create_experiment(task, artifact_location=location, tags={TAG_OWNER: "1"})
-            )
-            all_tags = {TAG_OWNER: "1", "task": task, TAG_RUN_KEY: run_key, **tags}
-            run = self._client.create_run(experiment_id, run_name=f"{task}-{run_key[:8]}", tags=all_tags)
-            listed = [Param(name, str(value)[:6000]) for name, value in params.items()]
-            self._client.log_batch(run.info.run_id, params=listed)
+        return self._start_run(task, run_key, params, {**tags, TAG_ATTEMPT: uuid.uuid4().hex})
+
+    @patiently
+    def _start_run(self, task: str, run_key: str, params: Mapping[str, object], tags: Mapping[str, str]) -> RunRecord:
+        """Create the run, unless an attempt whose answer was lost created it."""
+        experiment = self._client.get_experiment_by_name(task)
+        files = (self._artifact_root / task).as_uri() if self._artifact_root else None
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(task, files, {TAG_OWNER: "1"})
+        all_tags = {TAG_OWNER: "1", "task": task, TAG_RUN_KEY: run_key, **tags}
+        found = self._client.search_runs([experiment_id], f"tags.{TAG_ATTEMPT} = '{tags[TAG_ATTEMPT]}'")
+        name = f"{task}-{run_key[:8]}"
+        run = found[0] if found else self._client.create_run(experiment_id, run_name=name, tags=all_tags)
+        self._client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
         return RunRecord(run.info.run_id, task, run_key, all_tags.get(TAG_STATUS, ""), all_tags, {})
 
+    @patiently
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags of a run in one request."""
-        with _named_errors(self.tracking_uri):
-            self._client.log_batch(run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
+        self._client.log_batch(run_id, tags=[RunTag(name, value[:5000]) for name, value in tags.items()])
 
+    @patiently
     def end_run(self, run_id: str, is_ok: bool) -> None:
         """Close a run."""
-        with _named_errors(self.tracking_uri):
-            self._client.set_terminated(run_id, "FINISHED" if is_ok else "FAILED")
+        self._client.set_terminated(run_id, "FINISHED" if is_ok else "FAILED")
 
+    @patiently
     def log_metrics(self, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
         """Log (name, value, step, unix time in ms) points in batches of 1,000, MLflow's limit."""
-        with _named_errors(self.tracking_uri):
-            for first in range(0, len(points), 1000):
-                batch = [Metric(name, value, at_ms, step) for name, value, step, at_ms in points[first : first + 1000]]
-                self._client.log_batch(run_id, metrics=batch)
+        for first in range(0, len(points), 1000):
+            batch = [Metric(name, value, at_ms, step) for name, value, step, at_ms in points[first : first + 1000]]
+            self._client.log_batch(run_id, metrics=batch)
 
+    @patiently
     def log_texts(self, run_id: str, texts: Mapping[str, str]) -> None:
         """Store small text artifacts, file name -> content."""
-        with _named_errors(self.tracking_uri):
-            for name, text in texts.items():
-                self._client.log_text(run_id, text, name)
+        for name, text in texts.items():
+            self._client.log_text(run_id, text, name)
 
+    @patiently
     def register(
         self, run: RunRecord, adapter_dir: Path, digest: str, model_code: Path, description: str, tags: Mapping[str, str]
     ) -> AdapterVersion:
@@ -130,99 +173,98 @@ class Registry:
         found = self.version_of_run(run)
         if found and found.digest == digest:
             return found
-        with _named_errors(self.tracking_uri):
-            with _process_default(self.tracking_uri), mlflow.start_run(run_id=run.run_id):
-                info = mlflow.pyfunc.log_model(
-                    name=ADAPTER_PATH,
-                    python_model=str(model_code),
-                    artifacts={ADAPTER_PATH: str(adapter_dir)},
-                    signature=infer_signature(["a text"], ["a label"]),
-                    pip_requirements=["adapter-orchestrator"],
-                    metadata={"digest": digest},
-                )
-            self._ensure_model(run.task, description)
-            # A server takes a `models:/` source only together with the model's id.
-            all_tags = {TAG_OWNER: "1", "digest": digest, **tags}
-            version = self._client.create_model_version(
-                run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id
+        with _process_default(self.tracking_uri), mlflow.start_run(run_id=run.run_id):
+            info = mlflow.pyfunc.log_model(
+                name=ADAPTER_PATH,
+                python_model=str(model_code),
+                artifacts={ADAPTER_PATH: str(adapter_dir)},
+                signature=infer_signature(["a text"], ["a label"]),
+                pip_requirements=["adapter-orchestrator"],
+                metadata={"digest": digest},
             )
+        self._ensure_model(run.task, description)
+        # A server takes a `models:/` source only together with the model's id.
+        all_tags = {TAG_OWNER: "1", "digest": digest, **tags}
+        version = self._client.create_model_version(
+            run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id
+        )
         return _version(version)
 
+    @patiently
     def version_of_run(self, run: RunRecord) -> AdapterVersion | None:
         """The newest version that a run registered, if it did."""
-        with _named_errors(self.tracking_uri):
-            found = self._client.search_model_versions(f"name = '{run.task}' and run_id = '{run.run_id}'")
+        found = self._client.search_model_versions(f"name = '{run.task}' and run_id = '{run.run_id}'")
         return max(map(_version, found), key=lambda version: version.version, default=None)
 
+    @patiently
     def tag_version(self, version: AdapterVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version; the registry page shows them."""
-        with _named_errors(self.tracking_uri):
-            for name, value in tags.items():
-                self._client.set_model_version_tag(version.task, str(version.version), name, value[:5000])
+        for name, value in tags.items():
+            self._client.set_model_version_tag(version.task, str(version.version), name, value[:5000])
 
+    @patiently
     def describe_version(self, version: AdapterVersion, description: str) -> None:
         """Set the text that the registry shows for a version."""
-        with _named_errors(self.tracking_uri):
-            self._client.update_model_version(version.task, str(version.version), description)
+        self._client.update_model_version(version.task, str(version.version), description)
 
+    @patiently
     def set_alias(self, version: AdapterVersion, alias: str) -> None:
         """Point an alias of the task to this version."""
-        with _named_errors(self.tracking_uri):
-            self._client.set_registered_model_alias(version.task, alias, str(version.version))
+        self._client.set_registered_model_alias(version.task, alias, str(version.version))
 
+    @patiently
     def drop_alias(self, task: str, alias: str) -> None:
         """Remove an alias where it exists."""
-        with _named_errors(self.tracking_uri):
-            self._client.delete_registered_model_alias(task, alias)
+        self._client.delete_registered_model_alias(task, alias)
 
+    @patiently
     def by_alias(self, task: str, alias: str) -> AdapterVersion | None:
         """The version that an alias points to."""
         try:
-            with _named_errors(self.tracking_uri):
-                return _version(self._client.get_model_version_by_alias(task, alias))
-        except RegistryError as error:
-            if _is_missing(error.__cause__):
-                return None
-            raise
+            return _version(self._client.get_model_version_by_alias(task, alias))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
 
+    @patiently
     def champions(self) -> dict[str, AdapterVersion]:
         """Every task's champion."""
         found = {}
-        with _named_errors(self.tracking_uri):
-            token = None
-            while True:
-                page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", page_token=token)
-                for model in page:
-                    if CHAMPION in model.aliases:
-                        version = self._client.get_model_version(model.name, model.aliases[CHAMPION])
-                        found[model.name] = _version(version)
-                token = page.token
-                if not token:
-                    return dict(sorted(found.items()))
+        token = None
+        while True:
+            page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", page_token=token)
+            for model in page:
+                if CHAMPION in model.aliases:
+                    version = self._client.get_model_version(model.name, model.aliases[CHAMPION])
+                    found[model.name] = _version(version)
+            token = page.token
+            if not token:
+                return dict(sorted(found.items()))
 
+    @patiently
     def tasks(self) -> list[str]:
         """Names of all tasks that ever had a run."""
-        with _named_errors(self.tracking_uri):
-            found = self._client.search_experiments(filter_string=f"tags.{TAG_OWNER} = '1'")
+        found = self._client.search_experiments(filter_string=f"tags.{TAG_OWNER} = '1'")
         return sorted(experiment.name for experiment in found)
 
+    @patiently
     def versions(self, task: str) -> list[AdapterVersion]:
         """All versions of a task, oldest first."""
-        with _named_errors(self.tracking_uri):
-            found = self._client.search_model_versions(f"name = '{task}'")
+        found = self._client.search_model_versions(f"name = '{task}'")
         return sorted(map(_version, found), key=lambda version: version.version)
 
     def runs(self, task: str) -> list[RunRecord]:
         """All runs of a task, newest first."""
-        return self._search_runs(task, "")
+        return self._search_runs(task)
 
+    @patiently
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Fetch a version's adapter folder into `folder`/task, once; several threads and processes may share `folder`."""
         # The digest is part of the name because another registry gives the same version numbers to other adapters.
         target = folder / version.task / f"{version.version}-{version.digest[:12]}"
         if not target.is_dir():
-            with _named_errors(self.tracking_uri):
-                self._download_whole(version, target)
+            self._download_whole(version, target)
         return target / "artifacts" / ADAPTER_PATH
 
     def _download_whole(self, version: AdapterVersion, target: Path) -> None:
@@ -248,10 +290,10 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _search_runs(self, task: str, query: str) -> list[RunRecord]:
-        with _named_errors(self.tracking_uri):
-            experiment = self._client.get_experiment_by_name(task)
-            runs = self._client.search_runs([experiment.experiment_id], query) if experiment else []
+    @patiently
+    def _search_runs(self, task: str, query: str = "") -> list[RunRecord]:
+        experiment = self._client.get_experiment_by_name(task)
+        runs = self._client.search_runs([experiment.experiment_id], query) if experiment else []
         return [
             RunRecord(
                 run.info.run_id,
@@ -268,10 +310,6 @@ class Registry:
 def _version(version: ModelVersion) -> AdapterVersion:
     tags: dict[str, Any] = dict(version.tags)
     return AdapterVersion(version.name, int(version.version), tags.get("digest", ""), version.run_id or "", tags)
-
-
-def _is_missing(error: BaseException | None) -> bool:
-    return isinstance(error, MlflowException) and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @contextmanager
@@ -296,6 +334,15 @@ def _named_errors(tracking_uri: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:  # a local store lets its own errors through
-        raise RegistryError(
-            f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable"
-        ) from error
+        kind = RegistryAwayError if _is_away(error, tracking_uri) else RegistryError
+        raise kind(f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable") from error
+
+
+def _is_away(error: Exception, tracking_uri: str) -> bool:
+    """Whether the same call may succeed later: no connection, an overloaded or restarting server, a locked or full database."""
+    if isinstance(error, requests.RequestException):
+        return error.response is None or error.response.status_code >= 500
+    if not isinstance(error, MlflowException):
+        return False
+    is_server = tracking_uri.startswith("http")
+    return error.error_code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", *(["INTERNAL_ERROR"] if is_server else ()))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from multilora.errors import AdapterError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and what only reads an adapter does not need it.
+    from transformers import PreTrainedModel
 
 
 def match_modules(

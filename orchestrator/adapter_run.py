@@ -1,4 +1,4 @@
-"""The training state of one adapter, what is told about it, and its checkpoint: resumable, and not an adapter version."""
+"""The training state of one adapter and its checkpoint: resumable, and not an adapter version."""
 
 from __future__ import annotations
 
@@ -17,40 +17,12 @@ from torch import Tensor
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat
 from multilora.scoring import LabelSet
-from multilora.spec import TaskSpec
 from orchestrator.batching import num_steps_per_epoch
-from orchestrator.dataset import Example
+from orchestrator.group_task import Member
 from orchestrator.schedule import learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of each parameter beside the step."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One adapter to train: plain values, so that it can travel to a worker."""
-
-    spec: TaskSpec
-    run_key: str
-    train: tuple[Example, ...]
-    select: tuple[Example, ...]
-    data_fingerprint: str
-    adapter_dir: str
-    checkpoint_file: str
-
-
-@dataclass(frozen=True)
-class TrainEvent:
-    """What happened to one adapter; `kind` is started, progress, halved (micro-batches), epoch, finished or failed."""
-
-    kind: str
-    task: str
-    run_key: str
-    step: int
-    num_steps: int
-    unix_ms: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    message: str = ""
 
 
 @dataclass

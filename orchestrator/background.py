@@ -32,11 +32,16 @@ class BackgroundProcess:
     @property
     def is_running(self) -> bool:
         """Whether this very process still lives."""
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return is_running(self.pid, self.created)
+
+
+def is_running(pid: int, created: float) -> bool:
+    """Whether the process that got this pid at this time still lives."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start(state_file: Path, argv: Sequence[str], url: str, ready_path: str) -> BackgroundProcess:
@@ -62,12 +67,12 @@ def start(state_file: Path, argv: Sequence[str], url: str, ready_path: str) -> B
     while time.monotonic() < deadline:
         if child.poll() is not None:
             state_file.unlink(missing_ok=True)
-            raise CapacityError(f"the process ended while starting; end of {log_file}:\n{_tail(log_file)}")
+            raise CapacityError(f"the process ended while starting; end of {log_file}:\n{tail(log_file)}")
         if _answers(url + ready_path):
             return found
         time.sleep(0.2)
     stop(state_file)
-    raise CapacityError(f"no answer from {url} within {START_TIMEOUT_S:.0f} s; end of {log_file}:\n{_tail(log_file)}")
+    raise CapacityError(f"no answer from {url} within {START_TIMEOUT_S:.0f} s; end of {log_file}:\n{tail(log_file)}")
 
 
 def find(state_file: Path) -> BackgroundProcess | None:
@@ -85,14 +90,19 @@ def stop(state_file: Path) -> bool:
     state_file.unlink(missing_ok=True)
     if found is None:
         return False
-    leader = psutil.Process(found.pid)
+    end_family(found.pid)
+    return True
+
+
+def end_family(pid: int) -> None:
+    """End a process and its children, first asking, then by force."""
+    leader = psutil.Process(pid)
     family = [leader, *leader.children(recursive=True)]
     leader.terminate()
     psutil.wait_procs([leader], timeout=STOP_TIMEOUT_S)
     _, alive = psutil.wait_procs(family, timeout=5.0)
     for process in alive:
         process.kill()
-    return True
 
 
 def is_port_taken(host: str, port: int) -> bool:
@@ -109,5 +119,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _tail(log_file: Path, num_lines: int = 20) -> str:
+def tail(log_file: Path, num_lines: int = 20) -> str:
+    """End of a log."""
     return "\n".join(log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:])

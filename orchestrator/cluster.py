@@ -1,15 +1,15 @@
-"""The Ray session of one command: connect or start, measure, and run groups and evaluations on it."""
+"""The connected cluster: measure it, probe its nodes, run groups and evaluations on it.
+
+What runs on workers is named and not imported: the driver needs neither transformers nor scikit-learn, which take it 6 s.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
+import importlib
 import platform
-import signal
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,49 +21,17 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from multilora.errors import CapacityError
 from multilora.spec import BaseSpec
 from orchestrator.config import OrchestratorConfig
-from orchestrator.evaluate import EvalItem, EvalOutcome, evaluate
+from orchestrator.eval_report import EvalItem, EvalOutcome
+from orchestrator.group_task import GroupTask
 from orchestrator.plan import ClusterSize, TrainingGroup
-from orchestrator.worker import GroupTask, train_group
 
 LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
 """What training depends on, so that it must be the same on every node."""
 PROBE_TIMEOUT_S = 120.0
-PACKAGES = ("multilora", "serve", "orchestrator")
 ACCELERATOR = "accelerator_type:"
 """What Ray calls a node's kind of GPU among its resources."""
-WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
-"""Threads that wait must sleep: spinning ones made a small product 6 to 18 times slower beside one other busy process.
-
-oneDNN remembers 1024 shapes of products by default; training on batches of 400 shapes then took 2.2 GB, with 32 of them 1.2.
-"""
-
-
-@contextmanager
-def ray_session(config: OrchestratorConfig) -> Iterator[str]:
-    """Connect to the configured cluster, or run a local Ray for as long as the block lasts; gives the dashboard's address."""
-    root = Path(__file__).resolve().parents[1]
-    remote_env = {"py_modules": [str(root / package) for package in PACKAGES], "env_vars": WORKER_ENV}
-    if not config.ray_address:
-        # Ray's processes on this machine inherit the environment.
-        os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
-    try:
-        # The dashboard stays on: without it Ray Train cannot free the resources of a run whose driver died.
-        context = ray.init(
-            address=config.ray_address or "local",
-            include_dashboard=True if not config.ray_address else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env=remote_env if config.ray_address else None,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise CapacityError(f"Ray at {config.ray_address or 'this machine'} cannot be used: {error}") from error
-    try:
-        yield str(context.dashboard_url or "")
-    finally:
-        ray.shutdown()
 
 
 def local_size(config: OrchestratorConfig) -> ClusterSize:
@@ -146,30 +114,6 @@ def num_gpu_devices() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-@contextmanager
-def held_interrupt() -> Iterator[threading.Event]:
-    """Note a Ctrl-C instead of raising KeyboardInterrupt wherever the program happens to be; the second one is raised.
-
-    Raised inside a destructor or a callback of a library it would be lost, inside a write to MLflow half a step undone.
-    Ignored it stays, as shells have it for what they start in the background.
-    """
-    is_interrupted = threading.Event()
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():  # which alone hears of signals
-        yield is_interrupted
-        return
-
-    def note(number: int, frame: object) -> None:
-        is_interrupted.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield is_interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 class RunningGroup:
     """One training group on Ray Train, followed from a thread because `fit` blocks."""
 
@@ -179,7 +123,7 @@ class RunningGroup:
         self.error: Exception | None = None
         resources = {"CPU": group.cpus, "GPU": group.gpus}
         self._trainer: TorchTrainer = TorchTrainer(
-            train_group,
+            _train_group,
             # Behind a reference: Ray Train's controller process unpacks what it is given, and would import torch and more for it.
             train_loop_config={"task": ray.put(task)},
             # A single worker talks to nobody, and NCCL may not be there.
@@ -214,10 +158,27 @@ class RunningGroup:
             self.error = error
 
 
+def _train_group(config: dict[str, Any]) -> None:
+    importlib.import_module("orchestrator.worker").train_group(config)
+
+
 def evaluate_on_cluster(
-    base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[EvalItem], cpus: float, gpus: float
+    base: BaseSpec,
+    items: Sequence[EvalItem],
+    untouched: Sequence[EvalItem],
+    cpus: float,
+    gpus: float,
+    check_stop: Callable[[], None],
 ) -> EvalOutcome:
-    """Run `evaluate` where there is room for it."""
-    remote: Any = ray.remote(evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
-    outcome: EvalOutcome = ray.get(remote.remote(base, items, untouched))
+    """Run `orchestrator.evaluate.evaluate` where there is room for it; `check_stop` is called meanwhile, and may raise."""
+    remote: Any = ray.remote(_evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    running = remote.remote(base, items, untouched)
+    while not ray.wait([running], timeout=0.5)[0]:
+        check_stop()
+    outcome: EvalOutcome = ray.get(running)
+    return outcome
+
+
+def _evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[EvalItem]) -> EvalOutcome:
+    outcome: EvalOutcome = importlib.import_module("orchestrator.evaluate").evaluate(base, items, untouched)
     return outcome

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from multilora.spec import Part
 
+MLFLOW_PATIENCE_S = 1800.0
+
 
 class OrchestratorConfig(Part):
     """Settings of one workspace; the command line fills them from flags and environment."""
@@ -27,15 +29,22 @@ class OrchestratorConfig(Part):
     """Seconds between checkpoints."""
     max_failures: int = Field(default=3, ge=0)
     """How often a group is started again after its worker died."""
+    max_gpus: float | None = Field(default=None, gt=0)
+    """Most GPUs that one submission uses at once; omit for all."""
+    max_cpus: float | None = Field(default=None, gt=0)
+    """Most CPU cores that the workers of one submission use at once; omit for all."""
+    mlflow_patience_s: float = Field(default=MLFLOW_PATIENCE_S, ge=0)
+    """How long a submission waits for an MLflow that is away; its workers train on meanwhile."""
 
     @classmethod
     def from_environment(cls, workspace: Path | None = None) -> OrchestratorConfig:
-        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI and RAY_ADDRESS."""
+        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI, RAY_ADDRESS, ORCHESTRATOR_MLFLOW_PATIENCE_S."""
         root = workspace or Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator"))
         return cls(
             workspace=root.resolve(),
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
             ray_address=os.environ.get("RAY_ADDRESS") or None,
+            mlflow_patience_s=float(os.environ.get("ORCHESTRATOR_MLFLOW_PATIENCE_S", MLFLOW_PATIENCE_S)),
         )
 
     @property

@@ -11,9 +11,9 @@ import ray
 from ray import serve as ray_serve
 
 from multilora.registry import Registry
-from orchestrator.cluster import ray_session
 from orchestrator.config import OrchestratorConfig
 from orchestrator.services import check_host
+from orchestrator.session import ray_session
 from serve.app import APP_NAME, serve_application
 from serve.config import ServeConfig
 

@@ -15,8 +15,9 @@ from multilora.base_files import find_base
 from multilora.errors import MultiLoraError
 from multilora.registry import Registry
 from multilora.spec import TaskSpec
-from orchestrator.cluster import LIBRARIES, NodeFacts, num_gpu_devices, probe_nodes, ray_session
+from orchestrator.cluster import LIBRARIES, NodeFacts, num_gpu_devices, probe_nodes
 from orchestrator.config import OrchestratorConfig
+from orchestrator.session import ray_session
 
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
 """Less than this and even a small base with a few adapters gets into trouble."""

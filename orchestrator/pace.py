@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.adapter_run import TrainEvent
+from orchestrator.group_task import TrainEvent
 from orchestrator.plan import TrainingGroup, rate_key
 
 MIN_SECONDS = 5.0

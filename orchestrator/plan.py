@@ -183,13 +183,18 @@ def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterS
     """Whether a group can start beside the running ones."""
     # Ten tenths of a GPU add up to a little more or less than one.
     free_cpus = size.num_cpus - sum(other.cpus for other in busy) + 1e-9
-    free_gpus = size.num_gpus - sum(other.gpus for other in busy) + 1e-9
+    taken: dict[str | None, float] = {}
+    for other in busy:
+        taken[other.accelerator] = taken.get(other.accelerator, 0.0) + other.gpus
+    # A queue for one kind counts among the busy; it takes no more than there is of the kind.
+    of_kinds = sum(min(gpus, size.num_gpus_of(kind)) for kind, gpus in taken.items() if kind is not None)
+    anywhere = taken.get(None, 0.0)
+    free_gpus = size.num_gpus - of_kinds - anywhere + 1e-9
     if group.accelerator is not None:
         # What asks for no kind may have taken this one, as far as there are not enough of the others.
         num_of_kind = size.num_gpus_of(group.accelerator)
-        taken = sum(other.gpus for other in busy if other.accelerator == group.accelerator)
-        anywhere = sum(other.gpus for other in busy if other.accelerator is None)
-        free_gpus = min(free_gpus, num_of_kind - taken - max(0.0, anywhere - (size.num_gpus - num_of_kind)) + 1e-9)
+        spilled = max(0.0, anywhere - (size.num_gpus - num_of_kind))
+        free_gpus = min(free_gpus, num_of_kind - taken.get(group.accelerator, 0.0) - spilled + 1e-9)
     return group.cpus <= free_cpus and group.gpus <= free_gpus
 
 

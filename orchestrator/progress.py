@@ -1,13 +1,11 @@
-"""What a person sees while a submission runs: a live table on a terminal, plain lines in a pipe, JSON lines for scripts."""
+"""What a person sees while a submission runs: a live table on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Protocol
 
 from rich.console import Console
@@ -15,7 +13,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from orchestrator.work import Update
+from orchestrator.state import Update
 
 
 class Progress(Protocol):
@@ -28,31 +26,24 @@ class Progress(Protocol):
         """Print something else in between."""
 
 
-class JsonLines:
-    """One JSON object per line on stderr, so that stdout holds the result alone."""
-
-    def update(self, update: Update) -> None:
-        """Print the update as it is."""
-        print(json.dumps({"time": round(time.time(), 3), **asdict(update)}), file=sys.stderr, flush=True)  # noqa: T201
-
-    def say(self, show: Callable[[], None]) -> None:
-        """Keep quiet."""
-
-
 class PlainLines:
     """One line per change of status and per finished epoch."""
 
     def update(self, update: Update) -> None:
         """Print status changes and epochs; single steps would drown a log."""
-        if update.step and "train/epoch_loss" not in update.metrics:
-            return
-        numbers = " ".join(f"{name}={value:.3f}" for name, value in update.metrics.items())
-        steps = f" step {update.step}/{update.num_steps}" if update.num_steps else ""
-        print(f"{update.task}: {update.status}{steps} {numbers} {update.message}".rstrip(), flush=True)  # noqa: T201
+        if not update.step or "train/epoch_loss" in update.metrics:
+            print(plain_line(update), flush=True)  # noqa: T201
 
     def say(self, show: Callable[[], None]) -> None:
         """Print it."""
         show()
+
+
+def plain_line(update: Update) -> str:
+    """Say it in one line."""
+    numbers = " ".join(f"{name}={value:.3g}" for name, value in update.metrics.items())
+    steps = f" step {update.step}/{update.num_steps}" if update.num_steps else ""
+    return f"{update.task}: {update.status}{steps} {numbers} {update.message}".rstrip()
 
 
 class LiveTable:
@@ -108,11 +99,9 @@ class LiveTable:
 
 
 @contextmanager
-def progress_of(tasks: Sequence[str], *, as_json: bool) -> Iterator[Progress]:
+def progress_of(tasks: Sequence[str]) -> Iterator[Progress]:
     """Choose how to show progress by where the output goes."""
-    if as_json:
-        yield JsonLines()
-    elif not sys.stdout.isatty():
+    if not sys.stdout.isatty():
         yield PlainLines()
     else:
         with Live(console=Console(), refresh_per_second=4) as live:

@@ -14,7 +14,7 @@ from orchestrator.judge import ALPHA, Verdict, VerdictKind, wilson
 from orchestrator.report_page import percent
 
 if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
-    from orchestrator.evaluate import EvalReport
+    from orchestrator.eval_report import EvalReport
 
 State = Literal["judged", "unchanged", "verified", "failed"]
 

@@ -6,7 +6,7 @@ asks `next_action`, and acts, so a restart is nothing special.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -59,6 +59,18 @@ class RunFacts:
     """The run's version is the task's champion."""
     is_gate_changed: bool
     """The spec's gate differs from the one that judged the run."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One thing to show a person or a script: a new status, or progress inside TRAINING."""
+
+    task: str
+    status: str
+    step: int = 0
+    num_steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
 
 
 TRANSITIONS: dict[tuple[Status, Event], Status] = {

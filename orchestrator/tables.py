@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.progress import Progress, plain_line
 from orchestrator.report_page import SummaryRow, summary_rows
+from orchestrator.state import Update
+from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
-    from orchestrator.api import PlannedSubmission, SubmitResult
     from orchestrator.plan import Plan
     from orchestrator.status import TaskStatus
 
@@ -23,7 +26,7 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
     """Print groups, what they take, what is unchanged and what cannot run; `gpu_price` is that of one GPU for an hour."""
     if planned.unchanged:
         print(f"unchanged, nothing to train: {', '.join(planned.unchanged)}")
-    sizes = {task.spec.name: len(task.dataset.train) for task in planned.prepared}
+    sizes = planned.num_examples or {}
     if planned.plan.groups:
         table = table_of("group", "base", "tasks", "examples", "steps", "device", "memory", "time")
         for group in planned.plan.groups:
@@ -42,9 +45,8 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
         print(f"in all: {cost_of(planned.plan, gpu_price)}")
     for task, reason in planned.plan.refused:
         print(f"cannot run here: {task}: {reason}", file=sys.stderr)
-    for prepared in planned.prepared:
-        for note in prepared.dataset.notes:
-            print(f"note: {prepared.spec.name}: {note}")
+    for note in planned.notes:
+        print(f"note: {note}")
 
 
 def cost_of(plan: Plan, gpu_price: float | None) -> str:
@@ -57,13 +59,49 @@ def cost_of(plan: Plan, gpu_price: float | None) -> str:
     return ", ".join(parts)
 
 
-def print_status(rows: Sequence[TaskStatus], endpoint: str | None) -> None:
-    """Print where every task stands."""
+def print_status(rows: Sequence[TaskStatus], submissions: Sequence[tuple[str, State]], endpoint: str | None) -> None:
+    """Print where every task stands, and the newest submissions."""
     table = table_of("task", "champion", "versions", "last run", "why")
     for row in rows:
         table.add_row(row.task, f"v{row.champion}" if row.champion else "none", str(row.num_versions), row.status, row.reason)
     print_rich(table)
+    for name, state in submissions:
+        print(f"{name}: {state.status}{f' ({state.reason})' if state.reason else ''} since {_clock(state.since)}")
     print(f"endpoint: {endpoint or 'not running'}")
+
+
+def show_event(event: Mapping[str, Any], progress: Progress) -> None:
+    """Show one event of a submission."""
+    if "plan" in event:
+        progress.say(lambda: print_plan(PLANNED.validate_python(event["plan"])))
+    elif "warning" in event:
+        progress.say(lambda: print(f"warning: {event['warning']}", file=sys.stderr))
+    else:
+        progress.update(_update_of(event))
+
+
+def print_log(submission: Submission, task: str, events: Iterable[Mapping[str, Any]]) -> None:
+    """Print what happened to a task, and what its worker logged."""
+    print(f"{submission.id} {submission.state.status}")
+    groups = list[str]()
+    for event in events:
+        if "plan" in event:
+            groups += [group["group_id"] for group in event["plan"]["plan"]["groups"] if task in group["members"]]
+        elif "warning" in event:
+            print(f"{_clock(event['time'])} warning: {event['warning']}")
+        elif event["task"] == task:
+            print(f"{_clock(event['time'])} {plain_line(_update_of(event))}", flush=True)
+    for file in (submission.log_file, *map(submission.worker_log, groups)):
+        if file.is_file() and (text := file.read_text(encoding="utf-8", errors="replace")):
+            print(f"--- {file}\n{text}", end="")
+
+
+def _update_of(event: Mapping[str, Any]) -> Update:
+    return Update(**{name: value for name, value in event.items() if name != "time"})
+
+
+def _clock(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def print_result(result: SubmitResult) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -25,12 +25,13 @@ from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_answer, encode_labels, score_labels
 from multilora.spec import TaskSpec, spec_hash
 from multilora.target_modules import match_modules
-from orchestrator.adapter_run import AdapterRun, Member, TrainEvent, load_state, now_ms, save_state
+from orchestrator.adapter_run import AdapterRun, load_state, now_ms, save_state
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.frozen_prefix import FrozenPrefix
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.group_batch import GroupBatch
+from orchestrator.group_task import Member, TrainEvent
 from orchestrator.metrics import METRICS
 from orchestrator.micro_batches import MicroBatches
 
@@ -66,13 +67,12 @@ class GroupTrainer:
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
-    def train(self, should_stop: Callable[[], bool], checkpoint_every_s: float) -> bool:
-        """Train all members to their end; False when stopped early, with every state saved."""
+    def train(self, stopped: Callable[[], Collection[str]], checkpoint_every_s: float) -> None:
+        """Train all members to their end; those whose run keys `stopped` names are saved and left."""
         saved_at = time.monotonic()
         while self._admit():
-            if should_stop():
-                self.save_states()
-                return False
+            if self._stop(stopped()):
+                continue
             batch = self.next_batch()
             try:
                 losses = self.forward_backward(batch)
@@ -86,7 +86,6 @@ class GroupTrainer:
             if time.monotonic() - saved_at > checkpoint_every_s:
                 self.save_states()
                 saved_at = time.monotonic()
-        return True
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""
@@ -171,6 +170,16 @@ class GroupTrainer:
             self._active.sort(key=lambda active: active.slot)
             self._emit(run, "started", {})
         return bool(self._active)
+
+    def _stop(self, run_keys: Collection[str]) -> bool:
+        """Leave these adapters as they are; says whether any was left."""
+        stopping = [run for run in self._active if run.member.run_key in run_keys]
+        for run in stopping:
+            save_state(run, self.slots)
+            self._release(run)
+            self._emit(run, "stopped", {})
+        self._waiting = [member for member in self._waiting if member.run_key not in run_keys]
+        return bool(stopping)
 
     def _refuse(self, member: Member, error: Exception) -> None:
         self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))

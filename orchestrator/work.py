@@ -1,26 +1,14 @@
-"""One task's way through a submission, and the updates that people and scripts see of it."""
+"""One task's way through a submission."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from multilora.registry import AdapterVersion, RunRecord
-from orchestrator.evaluate import EvalReport
+from orchestrator.eval_report import EvalReport
 from orchestrator.judge import Verdict
 from orchestrator.prepare import PreparedTask
 from orchestrator.state import Action, Status
-
-
-@dataclass(frozen=True)
-class Update:
-    """One thing to show a person or a script: a new status, or progress inside TRAINING."""
-
-    task: str
-    status: str
-    step: int = 0
-    num_steps: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    message: str = ""
 
 
 @dataclass

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -12,53 +11,19 @@ import torch
 
 from multilora.base_model import load_base
 from multilora.log import setup_logging
-from multilora.spec import BaseSpec
-from orchestrator.adapter_run import Member, TrainEvent
+from orchestrator.group_task import GroupTask, TrainEvent
 from orchestrator.trainer import GroupTrainer
 
+logger = logging.getLogger(__name__)
 FLUSH_EVERY_S = 0.5
 
 
-@dataclass(frozen=True)
-class GroupTask:
-    """Everything a worker needs: plain values and the mailbox handle."""
-
-    base: BaseSpec
-    members: tuple[Member, ...]
-    num_slots: int
-    num_threads: int
-    checkpoint_every_s: float
-    mailbox: Any
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Carries events from workers to the controller, and the wish to stop the other way."""
-
-    def __init__(self) -> None:
-        self._events: list[TrainEvent] = []
-        self._is_stopped = False
-
-    def post(self, events: Sequence[TrainEvent]) -> bool:
-        """Hand events over; returns whether the worker should stop."""
-        self._events += events
-        return self._is_stopped
-
-    def take(self) -> list[TrainEvent]:
-        """Take all events that came since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def stop(self) -> None:
-        """Ask every worker to save and end."""
-        self._is_stopped = True
-
-
 class _Line:
-    """Buffers events, sends them twice a second, and remembers whether the controller wants to stop."""
+    """Buffers events, sends them twice a second, and remembers which adapters the controller wants to stop."""
 
     def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._buffer, self._sent_at, self._is_stopped = mailbox, list[TrainEvent](), 0.0, False
+        self._mailbox, self._buffer, self._sent_at = mailbox, list[TrainEvent](), 0.0
+        self._stopped: frozenset[str] = frozenset()
 
     def add(self, event: TrainEvent) -> None:
         self._buffer.append(event)
@@ -66,23 +31,26 @@ class _Line:
             self.flush()
 
     def flush(self) -> None:
-        self._is_stopped = ray.get(self._mailbox.post.remote(self._buffer))
+        self._stopped = ray.get(self._mailbox.post.remote(self._buffer))
         self._buffer, self._sent_at = [], time.monotonic()
 
-    def should_stop(self) -> bool:
+    def stopped(self) -> frozenset[str]:
         if time.monotonic() - self._sent_at > FLUSH_EVERY_S:
             self.flush()
-        return self._is_stopped
+        return self._stopped
 
 
 def train_group(config: dict[str, Any]) -> None:
-    """Train one group to its end, or until the controller asks to stop; the loop that ray.train runs on the worker."""
+    """Train one group until each of its adapters has ended or was stopped; the loop that ray.train runs on the worker."""
     task: GroupTask = ray.get(config["task"])
-    setup_logging()
+    setup_logging(log_file=task.log_file)
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)
-    trainer = GroupTrainer(load_base(task.base), task.members, task.num_slots, line.add)
     try:
-        trainer.train(line.should_stop, task.checkpoint_every_s)
+        trainer = GroupTrainer(load_base(task.base), task.members, task.num_slots, line.add)
+        trainer.train(line.stopped, task.checkpoint_every_s)
+    except Exception:
+        logger.exception("worker ends")
+        raise
     finally:
         line.flush()

@@ -8,7 +8,8 @@ from tiny_adapters import MAIL, TEXTS, item_of
 
 from orchestrator.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, expected_calibration_error, fit_temperature
 from orchestrator.dataset import Example
-from orchestrator.evaluate import EvalItem, evaluate
+from orchestrator.eval_report import EvalItem
+from orchestrator.evaluate import evaluate
 from serve.engine import softmax
 
 

@@ -15,13 +15,16 @@ import pytest
 
 from multilora.registry import AdapterVersion, RunRecord
 from multilora.spec import TaskSpec
-from orchestrator.adapter_run import TrainEvent
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
-from orchestrator.evaluate import EvalReport, Graded, store_reports
+from orchestrator.curves import Curves
+from orchestrator.eval_report import EvalReport, Graded, store_reports
+from orchestrator.evaluation import Evaluation
+from orchestrator.group_task import TrainEvent
 from orchestrator.prepare import prepare
 from orchestrator.state import Action, Event, Status
 from orchestrator.trainer import GroupTrainer
+from orchestrator.training import Training, member_of
 
 OTHER = AdapterVersion("mood", 1, "digest", "other-run", {"run_key": "other-key"})
 
@@ -116,8 +119,8 @@ def task(base_folder, tmp_path):
 @pytest.fixture
 def adapter_dir(task, fresh_base, tmp_path):
     """The adapter folder that training this task gives."""
-    member = Controller(OrchestratorConfig(workspace=tmp_path / "elsewhere"), FakeRegistry(), print)._member(task)
-    GroupTrainer(fresh_base("encoder"), [member], 1, lambda event: None).train(lambda: False, 1e9)
+    member = member_of(task, OrchestratorConfig(workspace=tmp_path / "elsewhere"))
+    GroupTrainer(fresh_base("encoder"), [member], 1, lambda event: None).train(lambda: (), 1e9)
     return Path(member.adapter_dir)
 
 
@@ -135,17 +138,24 @@ class Submission:
             return work
         if work.action is Action.TRAIN:
             controller.start_run(work)
-            controller._handle(self.train(), {self.task.run_key: work})
+            self.handle(controller, self.train(), work)
         if work.action is Action.REGISTER:
             controller.register(work)
-        if controller.needs_evaluation(work):
+        if self.evaluation(controller).is_needed(work):
             systems = {OTHER.key: "champion", "zero-shot": "zero-shot", work.version.key: "candidate"}
             work.reports = {system: self.report(system, self.num_right[kind]) for system, kind in systems.items()}
             store_reports(self.config.answers_file(self.task.run_key), work.reports.values())
             if work.status is Status.REGISTERED:
-                controller._move(work, Event.EVALUATED)
+                controller.move(work, Event.EVALUATED)
         controller.judge(work)
         return work
+
+    def handle(self, controller, events, work):
+        curves = Curves(self.config.workspace / "curves", self.registry, self.registry)
+        Training(self.config, controller, curves, lambda update: None).handle(events, {self.task.run_key: work})
+
+    def evaluation(self, controller):
+        return Evaluation(self.config, self.registry, controller, lambda update: None)
 
     def train(self):
         """Events of a worker; one that starts again after the adapter was written only says that it is finished."""
@@ -216,11 +226,11 @@ def test_events_that_a_restarted_worker_sends_again_change_nothing(task, adapter
     controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
     controller.start_run(work)
-    controller._handle(submission.train(), {task.run_key: work})
+    submission.handle(controller, submission.train(), work)
     assert work.status is Status.REGISTERED
     state = deepcopy(registry.state())
     # Another member of the group killed the worker; Ray Train starts it again with all members.
-    controller._handle(submission.train(), {task.run_key: work})
+    submission.handle(controller, submission.train(), work)
     assert (work.status, work.error) == (Status.REGISTERED, "")
     assert registry.state() == state
 
@@ -231,23 +241,25 @@ def test_calibration_errors_are_logged_beside_the_gates_metric(task, adapter_dir
     controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
     controller.start_run(work)
-    controller._handle(submission.train(), {task.run_key: work})
+    submission.handle(controller, submission.train(), work)
     # Confidence 0.9 at temperature 1 and 0.75 at temperature 2, always right.
     rows = tuple(Graded(e.id, "", e.label, e.label, 0.75, (math.log(9), 0.0)) for e in task.dataset.gate)
     candidate = EvalReport("mood", work.version.key, "", "gate", ("yes", "no"), rows, temperature=2.0)
     work.reports = {work.version.key: candidate, "zero-shot": replace(candidate, system="zero-shot", temperature=1.0)}
-    controller._log_evaluation(work)
+    submission.evaluation(controller)._log_evaluation(work)
     expected = {"gate/accuracy": 1.0, "gate/zero-shot_accuracy": 1.0, "gate/ece": 0.25, "gate/ece_uncalibrated": 0.1}
     assert registry.metrics == pytest.approx(expected)
 
 
 def test_a_failure_that_a_restarted_worker_reports_again_is_one_failure(task, adapter_dir, tmp_path):
-    controller = Controller(OrchestratorConfig(workspace=tmp_path / "work"), registry_with(champion=False), lambda update: None)
+    registry = registry_with(champion=False)
+    submission = Submission(task, None, tmp_path / "work", registry, {})
+    controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
     controller.start_run(work)
     for _ in range(2):
         events = [TrainEvent(kind, "mood", task.run_key, 0, 1, 0, message="loss is not finite") for kind in ("started", "failed")]
-        controller._handle(events, {task.run_key: work})
+        submission.handle(controller, events, work)
         assert (work.status, work.error) == (Status.FAILED, "loss is not finite")
 
 
@@ -269,10 +281,11 @@ def test_a_champion_that_cannot_be_read_ends_nobodys_submission(task, adapter_di
     spoil(card)
     card_file.write_text(json.dumps(card), encoding="utf-8")
     registry.download = lambda version, folder: folders[version.version]
-    controller = Controller(OrchestratorConfig(workspace=tmp_path / "workspace"), registry, lambda update: None)
+    config = OrchestratorConfig(workspace=tmp_path / "workspace")
+    controller = Controller(config, registry, lambda update: None)
     work = controller.observe(task)
     work.version = AdapterVersion("mood", 2, "digest", "run", {})
-    items = [item for _, item in controller._items_of(work)]
+    items = [item for _, item in Evaluation(config, registry, controller, lambda update: None)._items_of(work)]
     assert [item.version for item in items] == [2]
     assert (work.champion and work.champion.key) == champion
     assert bool(work.error) == bool(error)

@@ -19,9 +19,10 @@ from multilora.errors import AdapterError
 from multilora.generate import answer_text, generate
 from multilora.prompt import encode_prompt
 from multilora.scoring import encode_answer
-from orchestrator.adapter_run import Member
 from orchestrator.dataset import Example
-from orchestrator.evaluate import EvalItem, EvalReport, evaluate
+from orchestrator.eval_report import EvalItem, EvalReport
+from orchestrator.evaluate import evaluate
+from orchestrator.group_task import Member
 from orchestrator.judge import GateInput, judge
 from orchestrator.report import TaskOutcome, build_report
 from orchestrator.report_page import summary_rows, write_report

@@ -6,7 +6,7 @@ import pytest
 from test_plan import SMALL, TWO_CPUS, need
 
 from multilora.spec import BaseSpec
-from orchestrator.adapter_run import TrainEvent
+from orchestrator.group_task import TrainEvent
 from orchestrator.pace import Pace
 from orchestrator.plan import START_UP_S, plan_groups, rate_key
 

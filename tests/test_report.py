@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.evaluate import EvalReport, Graded
+from orchestrator.eval_report import EvalReport, Graded
 from orchestrator.judge import ALPHA, GateInput, Verdict, VerdictKind, judge, mcnemar_midp
 from orchestrator.report import MAX_FLIPS, Outcome, TaskOutcome, build_report
 from orchestrator.report_page import summary_rows, write_report

@@ -25,7 +25,8 @@ from multilora.spec import ResourceSpec, TaskSpec, spec_hash
 from orchestrator.batching import batch_indices
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
-from orchestrator.trainer import GroupTrainer, Member
+from orchestrator.group_task import Member
+from orchestrator.trainer import GroupTrainer
 from serve.engine import Engine, Work
 
 # float32 sums of batches of other shapes, amplified by a few steps of bases with large random weights.
@@ -98,7 +99,10 @@ class Trained:
 
         self.folders = {member.spec.name: Path(member.adapter_dir) for member in members}
         self.trainer = GroupTrainer(base, members, num_slots, note)
-        self.is_complete = self.trainer.train(should_stop, every_s)
+        keys = [member.run_key for member in members]
+        self.trainer.train(lambda: keys if should_stop() else (), every_s)
+        ended = {event.task for event in self.events if event.kind in ("finished", "failed")}
+        self.is_complete = ended == set(self.folders)
 
     def kinds(self, task):
         return [event.kind for event in self.events if event.task == task]
@@ -217,6 +221,22 @@ def test_stopped_anywhere_and_resumed_equals_undisturbed(num_steps, solo, fresh_
     assert_same_weights(resumed.weights("plain"), alone.weights("plain"))
     epochs = [event.metrics for run in (stopped, resumed) for event in run.events if event.kind == "epoch"]
     assert epochs == [pytest.approx(event.metrics) for event in alone.events if event.kind == "epoch"]
+
+
+def test_one_adapter_that_is_stopped_changes_nothing_for_the_others(solo, fresh_base, tmp_path):
+    base = fresh_base("encoder")
+    members = unlike_members(tmp_path, base)
+    events, is_wanted = [], after(3)
+    trainer = GroupTrainer(base, members, 4, events.append)
+    trainer.train(lambda: [members[1].run_key] if is_wanted() else (), NEVER_S)
+    kinds = {event.task: event.kind for event in events}  # the last one of each
+    assert kinds == {"plain": "finished", "dropout": "stopped", "narrow": "finished", "single": "finished"}
+    assert not Path(members[1].adapter_dir).exists()
+    for task in ("plain", "narrow", "single"):
+        assert_same_losses(losses_in(events, task), solo("encoder")[task].losses(task))
+    resumed = Trained(fresh_base("encoder"), [members[1]])
+    assert_same_losses(losses_in([*events, *resumed.events], "dropout"), solo("encoder")["dropout"].losses("dropout"))
+    assert_same_weights(resumed.weights("dropout"), solo("encoder")["dropout"].weights("dropout"))
 
 
 def test_a_worker_that_dies_continues_from_the_last_checkpoint(solo, fresh_base, tmp_path):

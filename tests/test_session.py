@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from orchestrator.cluster import held_interrupt
+from orchestrator.session import held_interrupt
 
 
 @pytest.fixture(autouse=True)

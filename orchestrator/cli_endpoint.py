@@ -1,0 +1,80 @@
+"""The commands around the running endpoint: serve, query, ui, stop. Heavy imports sit inside them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli_options import Json, Workspace, config_of, errors, print_json
+
+endpoint_app = typer.Typer(rich_markup_mode="rich")
+Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
+Foreground = Annotated[bool, typer.Option("--foreground", help="Stay in this terminal instead of returning when ready.")]
+
+
+@endpoint_app.command(epilog="Example: orchestrator serve --port 8000")
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; this machine only.")] = "127.0.0.1",
+    port: Port = 8000,
+    replicas: Annotated[int, typer.Option("--replicas", min=1)] = 1,
+    foreground: Foreground = False,
+    workspace: Workspace = None,
+) -> None:
+    """Start the endpoint that answers for every task's champion, and return when it is ready."""
+    config = config_of(workspace)
+    with errors():
+        if foreground:
+            from orchestrator.deploy import run_endpoint
+
+            run_endpoint(config, host, port, replicas)
+            return
+        from orchestrator.services import start_endpoint
+
+        url = start_endpoint(config, host, port, replicas)
+    print(f"serving at {url}  (try: curl {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
+
+
+@endpoint_app.command(epilog='Example: orchestrator query client-talk "I have been thinking about cutting down."')
+def query(
+    task: Annotated[str, typer.Argument(help="Task name.")],
+    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    as_json: Json = False,
+    url: Annotated[str | None, typer.Option("--url", help="Endpoint; default: the one this workspace started.")] = None,
+    workspace: Workspace = None,
+) -> None:
+    """Ask the running endpoint for a task's answer to each text."""
+    from orchestrator import services
+
+    with errors():
+        answer = services.query(task, texts, config_of(workspace), url)
+    if as_json:
+        print_json(answer)
+        return
+    for text, result in zip(texts, answer["results"], strict=True):
+        if "text" in result:
+            print(f"{result['text']}\t({task}@{answer['version']})\t{text}")
+            continue
+        ranked = sorted(result["probabilities"].items(), key=lambda pair: -pair[1])
+        shown = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[:3])
+        print(f"{result['label']}\t({shown}; {task}@{answer['version']})\t{text}")
+
+
+@endpoint_app.command(epilog="Example: orchestrator ui --port 5000")
+def ui(port: Port = 5000, workspace: Workspace = None) -> None:
+    """Start the MLflow registry of this workspace as a web page on this machine, and return when it is ready."""
+    from orchestrator.services import start_ui
+
+    with errors():
+        url = start_ui(config_of(workspace), port)
+    print(f"MLflow at {url}  (registered adapters: {url}/#/models)")
+
+
+@endpoint_app.command(epilog="Example: orchestrator stop")
+def stop(workspace: Workspace = None) -> None:
+    """End the endpoint and the MLflow page that this workspace started."""
+    from orchestrator import background
+
+    config = config_of(workspace)
+    for name, state_file in (("endpoint", config.serve_file), ("MLflow page", config.ui_file)):
+        print(f"{name}: {'stopped' if background.stop(state_file) else 'was not running'}")

@@ -1,0 +1,274 @@
+"""Drives one submission from its order to its result: waits for its turn, prepares, plans, trains, evaluates, judges, reports.
+
+Killed at any moment and driven again, it ends where an undisturbed one would have.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+
+from multilora.errors import CapacityError, MultiLoraError, Problem
+from multilora.registry import Registry
+from multilora.spec import GateSpec
+from orchestrator.cluster import cluster_size, probe_nodes
+from orchestrator.config import OrchestratorConfig
+from orchestrator.controller import TAG_VERDICT, Controller
+from orchestrator.curves import Curves
+from orchestrator.evaluation import Evaluation
+from orchestrator.judge import VerdictKind
+from orchestrator.pace import Pace
+from orchestrator.plan import ClusterSize, Plan, TaskNeed, plan_groups
+from orchestrator.prepare import PreparedTask, git_sha, prepare
+from orchestrator.report import Outcome, TaskOutcome, build_report
+from orchestrator.report_page import write_report
+from orchestrator.session import RaySession, held_interrupt
+from orchestrator.state import Action, Status, Update
+from orchestrator.submissions import (
+    ALL,
+    PLANNED,
+    PlannedSubmission,
+    Submission,
+    Submissions,
+    SubmissionStatus,
+    SubmitResult,
+    TaskResult,
+)
+from orchestrator.training import Training
+from orchestrator.turns import Turns
+from orchestrator.work import TaskWork
+
+logger = logging.getLogger(__name__)
+WAIT_S = 0.5
+STOPPED = "interrupted; submit again to continue"
+MAX_UPDATES_PER_S = 20
+"""Steps that are written down, over all tasks; changes of status are never left out."""
+
+
+class Driver:
+    """Drives one submission; `run` does it all."""
+
+    def __init__(
+        self,
+        submission: Submission,
+        session: RaySession,
+        on_update: Callable[[Update], None] = lambda update: None,
+        on_plan: Callable[[PlannedSubmission], None] = lambda planned: None,
+    ) -> None:
+        """The callbacks hear what is also written to the submission's events."""
+        self._submission, self._session, self._on_update, self._on_plan = submission, session, on_update, on_plan
+        self._order = submission.order
+        self._config = self._order.config
+        self._submissions = Submissions(self._config.workspace)
+        self._is_interrupted = threading.Event()
+        self._shown_at: dict[str, float] = {}
+        self._registry = Registry(
+            self._config.registry_uri, self._config.artifact_root, self._config.mlflow_patience_s, self._on_away
+        )
+
+    def run(self) -> SubmitResult:
+        """Drive to the end. Raises KeyboardInterrupt once workers have saved, when asked to stop; what else ends it is noted."""
+        with self._submission.driven(), held_interrupt() as self._is_interrupted:
+            try:
+                self._wait_for_turn()
+                result = self._carry_out()
+            except KeyboardInterrupt:
+                self._submission.set_state(SubmissionStatus.CANCELLED, self._wishes().get(ALL, STOPPED))
+                raise
+            except MultiLoraError as error:
+                self._submission.set_state(SubmissionStatus.FAILED, str(error))
+                raise
+            except BaseException as error:
+                self._submission.set_state(SubmissionStatus.FAILED, f"{type(error).__name__}: {error}")
+                raise
+            self._submission.set_result(result)
+            self._submission.set_state(SubmissionStatus.DONE, result.outcome)
+            return result
+
+    def _wait_for_turn(self) -> None:
+        said = ""
+        while True:
+            self._check_stop()
+            with self._submissions.lock():
+                others = self._submissions.in_the_way(self._submission, is_shared=bool(self._config.ray_address))
+                if not others:
+                    self._submission.set_state(SubmissionStatus.RUNNING)
+                    # Several processes that open a new store at once break it.
+                    self._registry.initialise()
+                    return
+                reason = f"waits for {', '.join(other.id for other in others)}"
+                if reason != said:
+                    said = reason
+                    self._submission.set_state(SubmissionStatus.WAITING, reason)
+            time.sleep(WAIT_S)
+
+    def _carry_out(self) -> SubmitResult:
+        order, config = self._order, self._config
+        prepared, problems = prepare(order.specs)
+        controller = Controller(config, self._registry, self._update, self._submission.id)
+        works = [controller.observe(task, force=order.force) for task in prepared]
+        unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
+        if len(unchanged) == len(works):
+            self._say_plan(planned_submission(Plan((), ()), prepared, unchanged, problems))
+            outcomes = tuple(controller.outcome_of(work) for work in works)
+            return SubmitResult(_results(outcomes), tuple(problems), str(_standing_outcome(works)), None)
+        self._session.wait()
+        self._check_stop()
+        _check_storage(config)
+        size = cluster_size(config)
+        plan = plan_of([work.prepared.need for work in works if work.action is Action.TRAIN], size, config)
+        self._say_plan(planned_submission(plan, prepared, unchanged, problems))
+        checked = self._judge_all(controller, works, plan, size)
+        outcomes = tuple(controller.outcome_of(work) for work in works) + _untouched(self._registry, checked, works)
+        facts = {
+            "version": installed_version("adapter-orchestrator"),
+            "commit": git_sha(),
+            "base": ", ".join(sorted({task.spec.base.model for task in prepared})),
+            "command": f"orchestrator submit {' '.join(f'{spec.name}.yaml' for spec in order.specs)}",
+        }
+        created = datetime.now(UTC)
+        report = build_report(outcomes, created, facts)
+        report_file = write_report(report, config.reports_dir / created.strftime("%Y%m%dT%H%M%S.%f"))
+        return SubmitResult(_results(outcomes), tuple(problems), report["outcome"], report_file)
+
+    def _judge_all(
+        self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize
+    ) -> dict[str, str]:
+        refused = dict(plan.refused)
+        for work in works:
+            work.error = refused.get(work.task, "")
+        to_train = [work for work in works if work.action is Action.TRAIN and not work.error]
+        for work in to_train:
+            controller.start_run(work)
+        if to_train:
+            self._train(controller, to_train, plan, size)
+        self._check_stop()
+        for work in works:
+            if work.action is Action.REGISTER:
+                controller.register(work)
+        evaluation = Evaluation(self._config, self._registry, controller, self._update)
+        open_works = [work for work in works if work.action is not Action.KEEP and not work.error]
+        missing = [work for work in open_works if evaluation.is_needed(work)]
+        gpus = max((group.gpus for group in plan.groups), default=0.0)
+        checked = evaluation.run(missing, cpus=1.0, gpus=gpus, check_stop=self._check_stop) if missing else {}
+        wishes = self._wishes()
+        for work in open_works:
+            if work.task in wishes:
+                work.error = wishes[work.task]  # trained, and not judged
+            if not work.error and work.status in (Status.EVALUATED, Status.PROMOTED, Status.REJECTED):
+                controller.judge(work)
+        return checked
+
+    def _train(self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize) -> None:
+        config, submission = self._config, self._submission
+        curves = Curves(submission.folder / "curves", Registry(config.registry_uri, config.artifact_root), self._registry)
+        turns = Turns(self._submissions, submission, size, limited(size, config))
+
+        def wishes() -> Mapping[str, str]:
+            found = self._wishes()
+            return dict.fromkeys((work.task for work in works), found[ALL]) if ALL in found else found
+
+        Training(config, controller, curves, self._update).run(works, plan.groups, turns.next, wishes, submission.worker_log)
+
+    def _wishes(self) -> dict[str, str]:
+        """Tasks that shall end, ALL among them."""
+        return {ALL: STOPPED} if self._is_interrupted.is_set() else self._submission.wishes()
+
+    def _check_stop(self) -> None:
+        if ALL in self._wishes():
+            raise KeyboardInterrupt
+
+    def _on_away(self, message: str) -> None:
+        """MLflow is away: say so, and hear a wish to stop."""
+        logger.warning("%s; trying again", message)
+        self._write({"warning": f"{message}; trying again, nothing is lost"})
+        self._check_stop()
+
+    def _update(self, update: Update) -> None:
+        """Write an update down, unless it is one of too many steps."""
+        is_step = bool(update.step) and "train/epoch_loss" not in update.metrics and update.step < update.num_steps
+        now, pause_s = time.monotonic(), max(0.25, len(self._shown_at) / MAX_UPDATES_PER_S)
+        if is_step and now - self._shown_at.get(update.task, 0.0) < pause_s:
+            return
+        self._shown_at[update.task] = now
+        self._write(asdict(update))
+        self._on_update(update)
+
+    def _say_plan(self, planned: PlannedSubmission) -> None:
+        self._write({"plan": json.loads(PLANNED.dump_json(planned))})
+        self._on_plan(planned)
+
+    def _write(self, event: Mapping[str, object]) -> None:
+        with self._submission.events_file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": round(time.time(), 3), **event}) + "\n")
+
+
+def planned_submission(
+    plan: Plan, prepared: Sequence[PreparedTask], unchanged: Sequence[str], problems: Sequence[Problem]
+) -> PlannedSubmission:
+    """What a person should see of a plan."""
+    sizes = {task.spec.name: len(task.dataset.train) for task in prepared}
+    notes = tuple(f"{task.spec.name}: {note}" for task in prepared for note in task.dataset.notes)
+    return PlannedSubmission(plan, tuple(unchanged), tuple(problems), sizes, notes)
+
+
+def plan_of(needs: Sequence[TaskNeed], size: ClusterSize, config: OrchestratorConfig) -> Plan:
+    """Plan with the rates that earlier submissions measured."""
+    return plan_groups(needs, limited(size, config), config.max_slots, Pace(config.pace_file).rates)
+
+
+def limited(size: ClusterSize, config: OrchestratorConfig) -> ClusterSize:
+    """The part of the cluster that one submission may use."""
+    num_gpus = size.num_gpus if config.max_gpus is None else min(size.num_gpus, config.max_gpus)
+    num_cpus = size.num_cpus if config.max_cpus is None else min(size.num_cpus, config.max_cpus)
+    return replace(
+        size,
+        num_gpus=num_gpus,
+        num_cpus=num_cpus,
+        max_gpus_per_node=min(size.max_gpus_per_node, num_gpus),
+        max_cpus_per_node=min(size.max_cpus_per_node, num_cpus),
+    )
+
+
+def _results(outcomes: Sequence[TaskOutcome]) -> tuple[TaskResult, ...]:
+    return tuple(TaskResult(outcome.task, outcome.state, outcome.champion, outcome.error) for outcome in outcomes)
+
+
+def _standing_outcome(works: Sequence[TaskWork]) -> Outcome:
+    """A refusal stands until something changes; submitting again must not turn it into a success."""
+    refused = [work.run.tags.get(TAG_VERDICT) for work in works if work.run and work.status is Status.REJECTED]
+    if any(verdict != VerdictKind.INCONCLUSIVE for verdict in refused):
+        return Outcome.BLOCK
+    return Outcome.HOLD if refused else Outcome.CLEAR
+
+
+def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[TaskWork]) -> tuple[TaskOutcome, ...]:
+    """Outcomes of champions outside this submission that were bound again, canaries included."""
+    champions, submitted = registry.champions(), {work.task for work in works}
+    outcomes = []
+    for key, error in sorted(checked.items()):
+        task = key.partition("@")[0]
+        if task in submitted or task not in champions:
+            continue
+        gate = GateSpec.model_validate_json(champions[task].tags.get("gate", "{}"))
+        if error:
+            outcomes.append(TaskOutcome(task, "", "failed", gate.metric, gate.min, gate.margin, None, key, error=error))
+        else:
+            outcomes.append(TaskOutcome(task, "", "verified", gate.metric, gate.min, gate.margin, key))
+    return tuple(outcomes)
+
+
+def _check_storage(config: OrchestratorConfig) -> None:
+    """Found now, or by a worker after an epoch. Raises CapacityError."""
+    blind = [node.name for node in probe_nodes(config.workspace) if not node.sees_workspace] if config.ray_address else []
+    if blind:
+        raise CapacityError(
+            f"nodes {', '.join(blind)} do not see {config.workspace}: put the workspace on storage that all nodes share "
+            "(--workspace); orchestrator doctor says more"
+        )

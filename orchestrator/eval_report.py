@@ -1,0 +1,127 @@
+"""What an evaluation is asked for and gives: items, every answer, and the numbers that derive from them. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.special import softmax
+
+from orchestrator.calibration import expected_calibration_error
+from orchestrator.dataset import Example
+from orchestrator.metrics import METRICS, is_right, token_f1
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One example's answer beside its gold label; scores in label order."""
+
+    id: str
+    text: str
+    gold: str
+    answer: str
+    probability: float | None
+    """Of the answer; None for a free text."""
+    scores: tuple[float, ...]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is the gold one."""
+        return is_right(self.gold, self.answer)
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Every answer of one system on one gate split; all numbers derive from these."""
+
+    task: str
+    system: str
+    """`task@version`, or `zero-shot`, `majority`, `tf-idf`."""
+    digest: str
+    gate_fingerprint: str
+    labels: tuple[str, ...]
+    answers: tuple[Graded, ...]
+    temperature: float = 1.0
+    """What the probabilities were computed with."""
+
+    @property
+    def correct(self) -> list[bool]:
+        """Right or wrong per example, in gate order."""
+        return [graded.is_right for graded in self.answers]
+
+    def value(self, metric: str) -> float:
+        """The named metric."""
+        return METRICS[metric]([g.gold for g in self.answers], [g.answer for g in self.answers])
+
+    @property
+    def calibration_errors(self) -> dict[str, float]:
+        """Expected calibration error with the temperature (`ece`) and without; empty for a system without scores."""
+        if not all(graded.scores for graded in self.answers):
+            return {}
+        temperatures = {"ece": self.temperature, "ece_uncalibrated": 1.0}
+        return {
+            name: expected_calibration_error([_confidence(g.scores, temperature) for g in self.answers], self.correct)
+            for name, temperature in temperatures.items()
+        }
+
+    @property
+    def token_f1(self) -> float | None:
+        """Mean word overlap of a free-text task's answers; shown and not judged. None for a task with labels."""
+        return None if self.labels else token_f1([g.gold for g in self.answers], [g.answer for g in self.answers])
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalReport:
+        """Undo `to_json`."""
+        raw = json.loads(text)
+        answers = tuple(Graded(**{**row, "scores": tuple(row["scores"])}) for row in raw.pop("answers"))
+        return cls(**{**raw, "labels": tuple(raw["labels"])}, answers=answers)
+
+
+def store_reports(file: Path, reports: Iterable[EvalReport]) -> None:
+    """Keep every answer of a run's evaluation, atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staging = file.with_suffix(".tmp")
+    staging.write_text(json.dumps([report.to_json() for report in reports]), encoding="utf-8")
+    staging.replace(file)
+
+
+def load_reports(file: Path) -> dict[str, EvalReport]:
+    """Stored reports by system; empty where there are none."""
+    if not file.is_file():
+        return {}
+    reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+    return {report.system: report for report in reports}
+
+
+@dataclass(frozen=True)
+class EvalItem:
+    """One adapter version to evaluate on a task's gate split."""
+
+    task: str
+    version: int
+    digest: str
+    folder: str
+    gate: tuple[Example, ...]
+    gate_fingerprint: str
+    train: tuple[Example, ...] = ()
+    """Give the training examples to have the baselines computed too."""
+
+
+@dataclass(frozen=True)
+class EvalOutcome:
+    """Reports by (task, system), and why an adapter could not be bound, by task@version."""
+
+    reports: dict[tuple[str, str], EvalReport]
+    errors: dict[str, str]
+
+
+def _confidence(scores: Sequence[float], temperature: float) -> float:
+    """Probability of the best answer."""
+    return float(softmax(np.divide(scores, temperature)).max())

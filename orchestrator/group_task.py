@@ -1,0 +1,50 @@
+"""What a training worker is given and what it tells: plain values, so that they travel without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from multilora.spec import BaseSpec, TaskSpec
+from orchestrator.dataset import Example
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter to train: plain values, so that it can travel to a worker."""
+
+    spec: TaskSpec
+    run_key: str
+    train: tuple[Example, ...]
+    select: tuple[Example, ...]
+    data_fingerprint: str
+    adapter_dir: str
+    checkpoint_file: str
+
+
+@dataclass(frozen=True)
+class TrainEvent:
+    """What happened to one adapter; `kind` is started, progress, halved (micro-batches), epoch, finished, failed or stopped."""
+
+    kind: str
+    task: str
+    run_key: str
+    step: int
+    num_steps: int
+    unix_ms: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class GroupTask:
+    """Everything that one group's worker needs."""
+
+    base: BaseSpec
+    members: tuple[Member, ...]
+    num_slots: int
+    num_threads: int
+    checkpoint_every_s: float
+    mailbox: Any
+    """Handle of the `Mailbox` actor."""
+    log_file: str

@@ -1,0 +1,129 @@
+"""Drives training groups on Ray: starts each when its turn comes, takes what workers tell, stops what shall stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.cluster import RunningGroup
+from orchestrator.config import OrchestratorConfig
+from orchestrator.controller import Controller
+from orchestrator.curves import Curves
+from orchestrator.group_task import GroupTask, Member, TrainEvent
+from orchestrator.mailbox import Mailbox
+from orchestrator.pace import Pace
+from orchestrator.plan import TrainingGroup
+from orchestrator.prepare import PreparedTask
+from orchestrator.state import Event, Status, Update
+from orchestrator.work import TaskWork
+
+POLL_S = 0.3
+STOP_TIMEOUT_S = 120.0
+"""A worker that was asked to stop while it starts hears of it once its base is loaded."""
+NextGroups = Callable[[Sequence[TrainingGroup], Sequence[TrainingGroup]], Sequence[TrainingGroup]]
+"""(waiting, running) -> those of the waiting that start now."""
+
+
+class Training:
+    """Trains one submission's groups and hands every finished adapter to the controller."""
+
+    def __init__(
+        self, config: OrchestratorConfig, controller: Controller, curves: Curves, on_update: Callable[[Update], None]
+    ) -> None:
+        self._config, self._controller, self._curves, self._on_update = config, controller, curves, on_update
+        self._pace = Pace(config.pace_file)
+
+    def run(
+        self,
+        works: Sequence[TaskWork],
+        groups: Sequence[TrainingGroup],
+        next_groups: NextGroups,
+        wishes: Callable[[], Mapping[str, str]],
+        log_of: Callable[[str], Path],
+    ) -> None:
+        """Train groups as `next_groups` lets them start, until every task of `works` is registered, failed or cancelled.
+
+        Groups wait here and not in Ray, which gives up on a worker that finds no room in time. `wishes` names tasks that
+        shall stop, with the reason; their workers save them first. `log_of`: group id -> the worker's log file.
+        """
+        by_key = {work.prepared.run_key: work for work in works}
+        by_task = {work.task: work for work in works}
+        mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
+        waiting, running = list(groups), list[RunningGroup]()
+        asked: dict[str, float] = {}
+        while True:
+            wished = [task for task in wishes() if task in by_task and task not in asked]
+            if wished:
+                asked |= dict.fromkeys(wished, time.monotonic())
+                ray.get(mailbox.stop.remote([by_task[task].prepared.run_key for task in wished]))
+                waiting = [group for group in waiting if not asked.keys() >= set(group.members)]
+            busy = [started.group for started in running if started.is_running]
+            # Workers that do not hear end with the driver.
+            overdue = {task for task, since in asked.items() if time.monotonic() - since > STOP_TIMEOUT_S}
+            if not waiting and all(overdue >= set(group.members) for group in busy):
+                break
+            for group in next_groups(waiting, busy):
+                waiting.remove(group)
+                running.append(self._start_group(group, by_task, mailbox, log_of(group.group_id)))
+            self.handle(ray.get(mailbox.take.remote()), by_key)
+            time.sleep(POLL_S)
+        next_groups((), ())
+        self.handle(ray.get(mailbox.take.remote()), by_key)
+        reasons = wishes()
+        for work in works:
+            if work.status is Status.TRAINING and work.task in asked:
+                self._controller.cancel(work, reasons.get(work.task, ""))
+        for started in running:
+            for name in started.group.members:
+                if by_task[name].status is Status.TRAINING:
+                    self._controller.fail(by_task[name], f"worker ended: {started.error or 'no result'}")
+        self._curves.flush()
+        self._pace.learn(groups, {work.task: work.prepared.need.num_flops for work in works})
+
+    def handle(self, events: Iterable[TrainEvent], by_key: Mapping[str, TaskWork]) -> None:
+        """Act on what workers told. Of a task's steps only the newest is shown, all are kept."""
+        steps: dict[str, Update] = {}
+        for event in events:
+            self._pace.note(event)
+            work = by_key[event.run_key]
+            assert work.run is not None
+            if work.status is not Status.TRAINING:
+                continue  # a worker that died starts again with all members, and reports the finished ones once more
+            self._curves.add(work.run.run_id, event)
+            if event.kind in ("finished", "failed", "stopped") and work.task in steps:
+                self._on_update(steps.pop(work.task))
+            if event.kind == "finished":
+                self._controller.move(work, Event.FINISHED)
+                self._controller.register(work)
+            elif event.kind == "failed":
+                self._controller.fail(work, event.message)
+            elif event.kind != "stopped":
+                before = steps[work.task].metrics if work.task in steps else {}
+                metrics = {**before, **event.metrics}
+                steps[work.task] = Update(work.task, str(work.status), event.step, event.num_steps, metrics, event.message)
+        for update in steps.values():
+            self._on_update(update)
+        self._curves.try_flush()
+
+    def _start_group(self, group: TrainingGroup, by_task: Mapping[str, TaskWork], mailbox: Any, log_file: Path) -> RunningGroup:
+        members = tuple(member_of(by_task[name].prepared, self._config) for name in group.members)
+        num_threads, every_s = max(1, int(group.cpus)), self._config.checkpoint_every_s
+        task = GroupTask(group.base, members, group.num_slots, num_threads, every_s, mailbox, str(log_file))
+        return RunningGroup(self._config, group, task, f"{group.group_id}-{time.time_ns()}")
+
+
+def member_of(prepared: PreparedTask, config: OrchestratorConfig) -> Member:
+    """What a worker must know of a task."""
+    return Member(
+        spec=prepared.spec,
+        run_key=prepared.run_key,
+        train=prepared.dataset.train,
+        select=prepared.dataset.select,
+        data_fingerprint=prepared.dataset.fingerprint,
+        adapter_dir=str(config.adapter_dir(prepared.run_key)),
+        checkpoint_file=str(config.checkpoint_file(prepared.run_key)),
+    )
