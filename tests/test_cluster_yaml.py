@@ -43,6 +43,8 @@ def test_one_head_without_gpu(prepared: dict[str, Any]) -> None:
     head = prepared["available_node_types"][prepared["head_node_type"]]
     assert head["max_workers"] == 0
     assert head["resources"].get("GPU", 0) == 0
+    # Drivers, MLflow and the cluster's own processes have the head to themselves.
+    assert head["resources"]["CPU"] == 0
 
 
 def test_gpu_workers_scale_within_the_limit(prepared: dict[str, Any]) -> None:
@@ -51,6 +53,14 @@ def test_gpu_workers_scale_within_the_limit(prepared: dict[str, Any]) -> None:
     assert gpu_types
     for node_type in gpu_types:
         assert 1 <= node_type["min_workers"] <= node_type["max_workers"] <= prepared["max_workers"]
+        kinds = [name for name in node_type["resources"] if name.startswith("accelerator_type:")]
+        assert len(kinds) == 1
+
+
+def test_every_node_installs_the_pinned_versions(prepared: dict[str, Any]) -> None:
+    installs = [command for command in prepared["setup_commands"] if "~/project" in command]
+    assert installs
+    assert all(command.startswith("pip install -q -c ~/project/constraints.txt ") for command in installs)
 
 
 def test_every_node_has_token_auth_and_the_shared_workspace(prepared: dict[str, Any]) -> None:
