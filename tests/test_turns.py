@@ -40,7 +40,7 @@ def names(groups):
         ([running("a", gpus=2.0), waiting("large", 1, gpus=3.0), waiting("small", 2)], []),
         ([running("a"), waiting("two", 1, gpus=2.0), waiting("one", 2)], ["two", "one"]),
         ([running("a", accelerator="H100"), waiting("b", 1, accelerator="H100"), waiting("c", 2, accelerator="L4")], ["c"]),
-        ([running("a", accelerator="H100"), *(waiting(f"b{i}", 1, accelerator="H100") for i in range(9)), waiting("c", 2)], ["c"]),
+        ([running("a", accelerator="H100"), *(waiting(f"b{i}", accelerator="H100") for i in range(9)), waiting("c", 2)], ["c"]),
     ],
     ids=["longest first", "earlier first", "priority first", "large one keeps its place", "so does one that nearly fits",
          "beside it where both fit", "another kind of GPU", "a queue for one kind does not hold back the others"],
@@ -55,7 +55,7 @@ def test_random_claims_never_take_more_than_there_is_and_the_first_is_never_over
     for _ in range(300):
         claims = [
             Claim(
-                group(str(i), draw.choice([0.25, 0.5, 1.0, 2.0, 4.0]), draw.choice([0, 5]), draw.random(), draw.choice([None, "L4"])),
+                group(str(i), draw.choice([0.25, 0.5, 1, 2, 4]), draw.choice([0, 5]), draw.random(), draw.choice([None, "L4"])),
                 False,
                 draw.randrange(3),
             )

@@ -7,14 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from multilora.base_files import EMBEDDED
+from orchestrator.launch import LocalRunner
+from orchestrator.submissions import Submissions
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 DATA = Path(__file__).parents[2] / "tasks" / "data"
@@ -69,9 +74,28 @@ class CommandLine:
         return json.loads(out)
 
     def kill(self, process: subprocess.Popen[str]) -> None:
-        """kill -9 of the command and everything it started."""
-        os.killpg(process.pid, signal.SIGKILL)
+        """kill -9 of the command and everything it started, as when a machine goes down."""
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
         process.communicate()
+        kill_all(family)
+
+
+def kill_all(processes: Sequence[psutil.Process]) -> None:
+    """kill -9, of children too that die by themselves meanwhile."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert not alive, "processes live on"
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
+    """Wait until it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -80,6 +104,9 @@ def cli(tmp_path: Path) -> Iterator[CommandLine]:
     made = CommandLine(tmp_path / "workspace")
     yield made
     made.run("stop")
+    for submission in Submissions(made.workspace).all():
+        if submission.order.config.ray_address is None and submission.job:
+            LocalRunner().kill(submission.job)
 
 
 def write_spec(

@@ -1,35 +1,42 @@
-"""Several nodes, one of them with a GPU of the wanted kind (declared; training itself runs on the CPU)."""
+"""Several nodes (real Ray processes on this machine, declared GPUs; training itself runs on the CPU)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from ray.cluster_utils import Cluster
+from ray.util import placement_group_table
 from tiny_bases import build_t5
 
-from e2e.conftest import CommandLine, write_spec
-from e2e.test_survival import animal_rows
+from e2e.conftest import CommandLine, wait_for, write_spec
+from e2e.test_survival import adapter_of, animal_rows, same_weights, saved_steps
 
 pytestmark = pytest.mark.e2e
+LABELS = {"bird": None, "fish": None}
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without GPU and a node with one L4."""
+    """A head whose only work are drivers."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True})
-    made.add_node(num_cpus=1, num_gpus=1, resources={"accelerator_type:L4": 1})
     yield made
+    ray.shutdown()
     made.shutdown()
 
 
-def test_a_cluster_is_examined_and_trains_on_the_wanted_gpu(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
+def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
+    cluster: Cluster, cli: CommandLine, tmp_path: Path
+) -> None:
+    cluster.add_node(num_cpus=1, num_gpus=1, resources={"accelerator_type:L4": 1})
     on_cluster = CommandLine(cli.workspace, {"RAY_ADDRESS": cluster.address})
     build_t5(tmp_path / "t5")
     train = {"epochs": 6, "learning_rate": 0.01, "batch_size": 8}
-    wanted = write_spec(tmp_path, "animals", animal_rows(120), "./t5", {"bird": None, "fish": None}, **train)
+    wanted = write_spec(tmp_path, "animals", animal_rows(120), "./t5", LABELS, **train)
     spec = yaml.safe_load(wanted.read_text(encoding="utf-8"))
     spec["resources"] = {"accelerator": "L4"}
     wanted.write_text(yaml.safe_dump(spec), encoding="utf-8")
@@ -50,5 +57,54 @@ def test_a_cluster_is_examined_and_trains_on_the_wanted_gpu(cluster: Cluster, cl
     assert planned["refused"] == {
         "missing": "needs 1 GPUs of kind H100, the cluster has 1 L4; change resources.accelerator"
     }
-    report = on_cluster.json("submit", wanted)
+
+    # Detached, and cancelled while its worker starts: the GPU comes back.
+    ray.init(address=cluster.address, log_to_driver=False)
+    detached = on_cluster.json("submit", wanted, "--detach")
+    assert detached == {"submission": "submission-1", "tasks": ["animals"]}
+    wait_for(_holding, 120)
+    assert "CANCELLED" in on_cluster.run("cancel", "animals")
+    wait_for(lambda: not _holding(), 30)
+    assert ray.available_resources()["GPU"] == 1.0
+    assert [row["status"] for row in on_cluster.json("status")["tasks"]] == ["CANCELLED"]
+
+    report = on_cluster.json("submit", "--resume")
     assert [task["decision"] for task in report["tasks"]] == ["promoted"]
+    log = on_cluster.run("logs", "animals")
+    assert "animals: PROMOTED" in log
+    assert "step 48/48" in log
+    assert not _holding()
+
+
+def test_a_node_dies_and_every_adapter_arrives_as_if_undisturbed(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(3)]
+    build_t5(tmp_path / "t5")
+    specs = []
+    for seed in range(6):
+        train = {"epochs": 20, "learning_rate": 0.01, "batch_size": 8, "seed": seed}
+        specs.append(write_spec(tmp_path, f"animals-{seed}", animal_rows(120), "./t5", LABELS, **train))
+    # One group on this machine: training together changes no adapter.
+    undisturbed = CommandLine(tmp_path / "undisturbed")
+    undisturbed.json("submit", *specs)
+
+    on_cluster = CommandLine(cli.workspace, {"RAY_ADDRESS": cluster.address})
+    process = on_cluster.start("submit", *specs, "--json", "--checkpoint-every", "0.2")
+    checkpoints = cli.workspace / "checkpoints"
+    wait_for(lambda: len(list(checkpoints.glob("*.safetensors"))) == 6 and saved_steps(checkpoints) > 30, 300)
+    cluster.remove_node(nodes[1], allow_graceful=False)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert {task["decision"] for task in json.loads(out)["tasks"]} == {"promoted"}
+    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    plan = next(event["plan"]["plan"] for event in events if "plan" in event)
+    assert [(len(group["members"]), group["gpus"]) for group in plan["groups"]] == [(1, 1.0)] * 6
+    assert on_cluster.json("status")["tasks"] == undisturbed.json("status")["tasks"]
+    for seed in range(6):
+        assert same_weights(adapter_of(cli, f"animals-{seed}"), adapter_of(undisturbed, f"animals-{seed}"))
+    ray.init(address=cluster.address, log_to_driver=False)
+    assert not _holding()
+
+
+def _holding() -> list[dict]:
+    """Placement groups that hold or want something."""
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import time
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_bases import build_t5
 
-from e2e.conftest import CommandLine, demo_task, needs_minilm, write_spec
+from e2e.conftest import CommandLine, demo_task, kill_all, needs_minilm, wait_for, write_spec
 from multilora.artifact import WEIGHTS
 
 pytestmark = pytest.mark.e2e
@@ -29,13 +28,6 @@ def animal_rows(num_rows: int) -> list[dict[str, str]]:
         label = ("bird", "fish")[number % 2]
         rows.append({"text": f"note {number}: I saw a {draw.choice(ANIMALS[label])}", "label": label})
     return rows
-
-
-def _wait_for(condition, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 @needs_minilm()
@@ -53,12 +45,12 @@ def test_lost_worker_then_interrupt_then_kill_then_continue(cli: CommandLine, tm
     # A worker dies: Ray Train starts another one, which goes on from the checkpoints.
     checkpoints = cli.workspace / "checkpoints"
     process = cli.start("submit", t5, minilm, "--checkpoint-every", "0.2")
-    _wait_for(lambda: _saved_steps(checkpoints), 180)
+    wait_for(lambda: saved_steps(checkpoints), 180)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
     assert len(workers) == 1
     workers[0].kill()
-    reached = _saved_steps(checkpoints)
-    _wait_for(lambda: _saved_steps(checkpoints) > reached, 180)
+    reached = saved_steps(checkpoints)
+    wait_for(lambda: saved_steps(checkpoints) > reached, 180)
 
     # Ctrl-C: workers save, runs say so, the command says how to continue.
     process.send_signal(signal.SIGINT)
@@ -67,25 +59,31 @@ def test_lost_worker_then_interrupt_then_kill_then_continue(cli: CommandLine, tm
     assert "run the same command to continue" in err
     assert "CANCELLED" in {row["status"] for row in cli.json("status")["tasks"]}
 
-    # kill -9 of the command, its driver and its workers, once training has gone on.
-    reached = _saved_steps(checkpoints)
+    # kill -9 of the command alone: its driver goes on. kill -9 of all: nothing goes on, and it can be told.
+    reached = saved_steps(checkpoints)
     process = cli.start("submit", t5, minilm, "--checkpoint-every", "0.2")
-    _wait_for(lambda: _saved_steps(checkpoints) > reached, 180)
+    wait_for(lambda: saved_steps(checkpoints) > reached, 180)
     family = psutil.Process(process.pid).children(recursive=True)
-    cli.kill(process)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive, "processes of a killed submission live on"
+    process.kill()
+    process.communicate()
+    reached = saved_steps(checkpoints)
+    wait_for(lambda: saved_steps(checkpoints) > reached, 60)
+    assert [row["status"] for row in cli.json("status")["submissions"]] == ["CANCELLED", "RUNNING"]
+    kill_all(family)
+    assert [row["status"] for row in cli.json("status")["submissions"]] == ["LOST"]
 
-    events = _events(cli, t5, minilm)
-    first_steps = {e["task"]: e["step"] for e in reversed(events) if e["num_steps"]}
+    events = _events(cli, "--resume")
+    first_steps = {e["task"]: e["step"] for e in reversed(events) if e.get("num_steps")}
     assert max(first_steps.values()) > 0, "training started from nothing instead of its checkpoint"
     assert cli.json("status")["tasks"] == undisturbed.json("status")["tasks"]
     for task in ("animals", "question-type"):
-        assert _same_weights(_adapter(cli, task), _adapter(undisturbed, task))
+        assert same_weights(adapter_of(cli, task), adapter_of(undisturbed, task))
     assert not list(checkpoints.glob("*.safetensors"))
+    assert not list(cli.workspace.glob("submissions/*/curves/*"))
+    assert "Nothing changed" in cli.run("submit", t5, minilm)
 
 
-def _saved_steps(checkpoints: Path) -> int:
+def saved_steps(checkpoints: Path) -> int:
     """Steps that all checkpoints together hold; 0 where there is none."""
     total = 0
     for file in checkpoints.glob("*.safetensors"):
@@ -94,17 +92,17 @@ def _saved_steps(checkpoints: Path) -> int:
     return total
 
 
-def _events(cli: CommandLine, *specs: Path) -> list[dict]:
-    process = cli.start("submit", *specs, "--json")
+def _events(cli: CommandLine, *words: object) -> list[dict]:
+    process = cli.start("submit", *words, "--json")
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return [json.loads(line) for line in err.splitlines() if line.startswith("{")]
 
 
-def _adapter(cli: CommandLine, task: str) -> Path:
+def adapter_of(cli: CommandLine, task: str) -> Path:
     return next(cli.workspace.glob(f"downloads/{task}/1-*/artifacts/adapter"))
 
 
-def _same_weights(first: Path, second: Path) -> bool:
+def same_weights(first: Path, second: Path) -> bool:
     a, b = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() <= 1e-5 for key in a)
