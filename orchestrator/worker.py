@@ -1,4 +1,4 @@
-"""The Ray Train shell around GroupTrainer: one worker holds the base once and trains its group. No logic of its own."""
+"""The Ray Train shell around GroupTrainer: each worker holds the base once and trains its group. No logic of its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from multilora.base_model import load_base
 from multilora.log import setup_logging
 from multilora.spec import BaseSpec
 from orchestrator.adapter_run import Member, TrainEvent
+from orchestrator.ranks import Ranks
 from orchestrator.trainer import GroupTrainer
 
 FLUSH_EVERY_S = 0.5
@@ -81,7 +82,8 @@ def train_group(config: dict[str, Any]) -> None:
     setup_logging()
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)
-    trainer = GroupTrainer(load_base(task.base), task.members, task.num_slots, line.add)
+    base = load_base(task.base)
+    trainer = GroupTrainer(base, task.members, task.num_slots, line.add, Ranks.of_process_group(base.device))
     try:
         trainer.train(line.should_stop, task.checkpoint_every_s)
     finally:

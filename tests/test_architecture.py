@@ -13,7 +13,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "routing lora artifact answer_tree scoring generate registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
     "orchestrator": "config metrics calibration batching schedule dataset plan prepare state judge adapter_run pace "
-    "group_batch gradient_checkpointing frozen_prefix micro_batches trainer worker evaluate report_page report cluster "
+    "ranks group_batch gradient_checkpointing frozen_prefix micro_batches trainer worker evaluate report_page report cluster "
     "background services status deploy work controller doctor api tables progress cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}

@@ -25,6 +25,7 @@ from multilora.spec import ResourceSpec, TaskSpec, spec_hash
 from orchestrator.batching import batch_indices
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
+from orchestrator.ranks import ALONE
 from orchestrator.trainer import GroupTrainer, Member
 from serve.engine import Engine, Work
 
@@ -87,7 +88,14 @@ class Trained:
     """What came out of one GroupTrainer."""
 
     def __init__(
-        self, base, members, num_slots=4, should_stop=lambda: False, on_event=lambda trainer, event: None, every_s=NEVER_S
+        self,
+        base,
+        members,
+        num_slots=4,
+        should_stop=lambda: False,
+        on_event=lambda trainer, event: None,
+        every_s=NEVER_S,
+        ranks=ALONE,
     ):
         self.events = []
         self.trainer = None
@@ -97,7 +105,7 @@ class Trained:
             on_event(self.trainer, event)
 
         self.folders = {member.spec.name: Path(member.adapter_dir) for member in members}
-        self.trainer = GroupTrainer(base, members, num_slots, note)
+        self.trainer = GroupTrainer(base, members, num_slots, note, ranks)
         self.is_complete = self.trainer.train(should_stop, every_s)
 
     def kinds(self, task):
