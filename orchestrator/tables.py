@@ -15,7 +15,7 @@ from orchestrator.report_page import SummaryRow, summary_rows
 
 if TYPE_CHECKING:
     from orchestrator.api import PlannedSubmission, SubmitResult
-    from orchestrator.plan import Plan
+    from orchestrator.plan import Plan, TrainingGroup
     from orchestrator.status import TaskStatus
 
 
@@ -27,14 +27,13 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
     if planned.plan.groups:
         table = table_of("group", "base", "tasks", "examples", "steps", "device", "memory", "time")
         for group in planned.plan.groups:
-            device = f"{group.gpus:g} {group.accelerator or 'GPU'}" if group.gpus else f"{group.cpus:g} CPU"
             table.add_row(
                 group.group_id,
                 f"{group.base.model} {group.base.dtype}",
                 "\n".join(group.members),
                 "\n".join(str(sizes[name]) for name in group.members),
                 str(group.num_steps),
-                device,
+                device_of(group),
                 f"~{group.memory_bytes / 2**30:.1f} GiB",
                 f"~{group.seconds / 60:.1f} min",
             )
@@ -45,6 +44,12 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
     for prepared in planned.prepared:
         for note in prepared.dataset.notes:
             print(f"note: {prepared.spec.name}: {note}")
+
+
+def device_of(group: TrainingGroup) -> str:
+    """Say what a group runs on."""
+    workers = f"{group.workers} x " if group.workers > 1 else ""
+    return workers + (f"{group.gpus:g} {group.accelerator or 'GPU'}" if group.gpus else f"{group.cpus:g} CPU")
 
 
 def cost_of(plan: Plan, gpu_price: float | None) -> str:
