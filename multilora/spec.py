@@ -26,7 +26,7 @@ OTHER_METHODS = {
 _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LABEL_KEY = re.compile(rf"({_LABEL}(\.{_LABEL})*/)?{_LABEL}")
 LABEL_RULE = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
-"""Names and wanted values of node labels. Source: Ray's label selectors (ray._common.label_utils)."""
+"""Names and wanted values of node labels. Source: Ray's label selectors (ray._private.label_utils)."""
 LATER_FIELDS = {
     "lora": ("method", "rslora", "plus_ratio", "layers"),
     "train": ("schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
