@@ -286,13 +286,11 @@ def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) 
         found = ", ".join(f"{count:g} {kind}" for kind, count in counts) or "none that is named"
         where = f"the cluster with {_listed(labels)}" if labels else "the cluster"
         return f"needs {gpus:g} GPUs of kind {resources.accelerator}, {where} has {found}; change resources.accelerator"
-    for name, wanted, largest in (
-        ("GPUs", gpus, max(node.gpus for node in nodes)),
-        ("CPUs", cpus, max(node.cpus for node in nodes)),
-    ):
-        if wanted > largest:
-            field = f"resources.{name.lower()}"
-            return f"needs {wanted:g} {name} on one node, the largest node has {largest:g}; lower {field}"
+    max_gpus, max_cpus = max(node.gpus for node in nodes), max(node.cpus for node in nodes)
+    if gpus > max_gpus:
+        return f"needs {gpus:g} GPUs on one node, the largest node has {max_gpus:g}; lower resources.gpus"
+    if cpus > max_cpus:
+        return f"needs {cpus:g} CPUs on one node, the largest node has {max_cpus:g}; lower resources.cpus"
     if resources.workers > (room := _num_workers(resources, gpus, cpus, cluster)):
         size = f"{resources.workers} workers of {gpus:g} GPUs and {cpus:g} CPUs each"
         return f"needs {size}, the cluster has room for {room}; lower resources.workers, gpus or cpus"
