@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 UNIT := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: install demo test test-fast check clean
+.PHONY: install demo test test-fast chaos check clean
 
 install: $(READY)
 
@@ -25,6 +25,11 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"
+
+# Kills something at random moments, once per seed: `make chaos SEEDS=50`.
+SEEDS ?= 20
+chaos: $(READY)
+	CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 check: $(READY)
 	$(BIN)/ruff check .

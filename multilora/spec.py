@@ -23,6 +23,10 @@ OTHER_METHODS = {
     **dict.fromkeys(("pissa", "olora", "corda"), "rewrites the base's weights at initialisation"),
 }
 """What stands against the other well-known ways to adapt a model."""
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+LABEL_KEY = re.compile(rf"({_LABEL}(\.{_LABEL})*/)?{_LABEL}")
+LABEL_RULE = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+"""Names and wanted values of node labels. Source: Ray's label selectors (ray._private.label_utils)."""
 LATER_FIELDS = {
     "lora": ("method", "rslora", "plus_ratio", "layers"),
     "train": ("schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
@@ -141,7 +145,7 @@ class TrainSpec(Part):
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Longer gradients of this adapter are scaled down to this norm."""
     batch_size: int = Field(default=16, ge=1, le=4096)
-    """Examples per optimiser step of this adapter."""
+    """Examples per optimiser step of this adapter, those of all its workers together."""
     max_length: int = Field(default=128, ge=8, le=32768)
     """Longest prompt in tokens, at most the base's positions; longer inputs lose their end, never instruction or labels."""
     max_examples: int | None = Field(default=None, ge=2)
@@ -160,16 +164,18 @@ class GenerationSpec(Part):
 
 
 class ResourceSpec(Part):
-    """What one training worker of this task needs."""
+    """What training this task needs: how many workers, and what each of them."""
 
     gpus: float | None = Field(default=None, ge=0)
     """GPUs per worker, fractions allowed; omit for one GPU where the cluster has any, otherwise none."""
     cpus: float | None = Field(default=None, gt=0)
     """CPU cores per worker; omit for one beside a GPU, or the whole machine without one."""
     workers: int = Field(default=1, ge=1)
-    """Data-parallel workers; 1 unless the base is large."""
+    """Data-parallel workers, which share the rows of every batch: the same adapter in less time; 1 unless the base is large."""
     accelerator: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Kind of GPU as Ray names it (A100, H100, L4, ...); omit to take any."""
+    node_labels: dict[StrictStr, StrictStr] = {}
+    """Labels that the workers' nodes must have, as Ray selects them: {zone: eu-1}, "!eu-1", "in(eu-1, eu-2)", "!in(...)"."""
     priority: int = Field(default=0, ge=-1000, le=1000)
     """Tasks with a higher number are trained first."""
     gradient_checkpointing: bool = False
@@ -179,8 +185,14 @@ class ResourceSpec(Part):
     def _check(self) -> ResourceSpec:
         if self.gpus is not None and self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError("gpus above 1 must be a whole number; write 0.5, 1, 2, ...")
+        if self.workers > 1 and self.gpus is not None and 0 < self.gpus < 1:
+            raise ValueError("several workers cannot share a GPU (NCCL refuses); write a whole number of gpus, or workers: 1")
         if self.accelerator is not None and self.gpus == 0:
             raise ValueError("accelerator names a kind of GPU, and gpus is 0; omit one of the two")
+        for key, rule in self.node_labels.items():
+            if not LABEL_KEY.fullmatch(key) or not LABEL_RULE.fullmatch(rule):
+                form = "letters, digits and inner - _ . (63 at most)"
+                raise ValueError(f"node_labels {key}: {rule} is not of {form}; write {{zone: eu-1}}, !eu-1 or in(eu-1, eu-2)")
         return self
 
 

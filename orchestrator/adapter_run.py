@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from multilora.prompt import PromptFormat
 from multilora.scoring import LabelSet
 from orchestrator.batching import num_steps_per_epoch
 from orchestrator.group_task import Member
+from orchestrator.metrics import METRICS
 from orchestrator.schedule import learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -72,6 +74,20 @@ class AdapterRun:
         self.optimizer.step()
         self.step += 1
         return rate
+
+    def select_result(self, scores: Sequence[Tensor]) -> tuple[float, dict[str, float]]:
+        """Mean loss on the select split of which `scores` are, and the gate's metric where the task has labels.
+
+        Writing a free text for every example after every epoch would take longer than training.
+        """
+        gold = [example.label for example in self.member.select]
+        if self.is_free_text:
+            losses = [-float(score) / len(own.token_ids[0]) for score, own in zip(scores, self.select_labels, strict=True)]
+            return sum(losses) / len(losses), {}
+        losses = [-float(s.log_softmax(-1)[self.labels.names.index(label)]) for s, label in zip(scores, gold, strict=True)]
+        answers = [self.labels.names[int(score.argmax())] for score in scores]
+        metric = self.member.spec.gate.metric
+        return sum(losses) / len(losses), {f"select/{metric}": METRICS[metric](gold, answers)}
 
 
 def save_state(run: AdapterRun, slots: AdapterSlots) -> None:

@@ -9,6 +9,7 @@ import importlib
 import platform
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,48 +18,56 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.state import state  # no public call tells what the autoscaler may add
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from multilora.spec import BaseSpec
+from orchestrator.cluster_size import ClusterSize, Node
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import EvalItem, EvalOutcome
 from orchestrator.group_task import GroupTask
-from orchestrator.plan import ClusterSize, TrainingGroup
+from orchestrator.plan import TrainingGroup
 
 LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
 """What training depends on, so that it must be the same on every node."""
 PROBE_TIMEOUT_S = 120.0
+NODE_GROUP = "ray.io/node-group"
+"""Label with the name of an autoscaler's node type."""
+MANY = 100
+"""Nodes of a type that may be added without limit."""
 ACCELERATOR = "accelerator_type:"
 """What Ray calls a node's kind of GPU among its resources."""
 
 
 def local_size(config: OrchestratorConfig) -> ClusterSize:
     """Size of this machine, for a plan without Ray."""
-    num_cpus = float(psutil.cpu_count() or 1)
-    num_gpus = float(num_gpu_devices())
+    node = Node(float(psutil.cpu_count() or 1), float(num_gpu_devices()))
     memory = psutil.virtual_memory().available
-    gpu_bytes = int(config.gpu_memory_gib * 2**30)
-    return ClusterSize(num_cpus, num_gpus, num_cpus, num_gpus, memory, gpu_bytes)
+    return ClusterSize((node,), memory, int(config.gpu_memory_gib * 2**30), is_named=False)
 
 
 def cluster_size(config: OrchestratorConfig) -> ClusterSize:
-    """Size of the connected cluster."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    kinds: dict[str, float] = {}
-    for node in nodes:
-        for kind in (name.removeprefix(ACCELERATOR) for name in node if name.startswith(ACCELERATOR)):
-            kinds[kind] = kinds.get(kind, 0.0) + node.get("GPU", 0.0)
+    """Size of the connected cluster, with the nodes that its autoscaler may add: a group that waits for one makes it come."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [_node_of(node["Resources"], node["Labels"]) for node in alive]
+    groups = Counter(node["Labels"].get(NODE_GROUP) for node in alive)
+    autoscaler = state.get_cluster_config()
+    for kind in autoscaler.node_group_configs if autoscaler else ():
+        num_to_come = (kind.max_count if kind.max_count >= 0 else MANY) - groups[kind.name]
+        nodes += [_node_of(kind.resources, kind.labels)] * num_to_come
     return ClusterSize(
-        num_cpus=sum(node.get("CPU", 0.0) for node in nodes),
-        num_gpus=sum(node.get("GPU", 0.0) for node in nodes),
-        max_cpus_per_node=max(node.get("CPU", 0.0) for node in nodes),
-        max_gpus_per_node=max(node.get("GPU", 0.0) for node in nodes),
-        memory_bytes_per_node=int(max(node.get("memory", 0.0) for node in nodes)),
+        nodes=tuple(nodes),
+        memory_bytes_per_node=int(max(node["Resources"].get("memory", 0.0) for node in alive)),
         memory_bytes_per_gpu=int(config.gpu_memory_gib * 2**30),
-        accelerators=tuple(sorted(kinds.items())),
     )
+
+
+def _node_of(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:
+    kinds = [name.removeprefix(ACCELERATOR) for name in resources if name.startswith(ACCELERATOR)]
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    return Node(cpus, gpus, kinds[0] if kinds else None, tuple(sorted(labels.items())))
 
 
 @dataclass(frozen=True)
@@ -126,10 +135,15 @@ class RunningGroup:
             _train_group,
             # Behind a reference: Ray Train's controller process unpacks what it is given, and would import torch and more for it.
             train_loop_config={"task": ray.put(task)},
-            # A single worker talks to nobody, and NCCL may not be there.
+            # For what ranks say to each other. Whether there is CUDA, so that NCCL can add up gradients, only the workers know:
+            # a GPU that was declared may not be there. They find out together (ranks.py).
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
-                num_workers=1, use_gpu=group.gpus > 0, resources_per_worker=resources, accelerator_type=group.accelerator
+                num_workers=group.workers,
+                use_gpu=group.gpus > 0,
+                resources_per_worker=resources,
+                accelerator_type=group.accelerator,
+                label_selector=dict(group.node_labels) or None,
             ),
             run_config=RunConfig(
                 name=name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +19,14 @@ from multilora.errors import CapacityError, MultiLoraError, Problem
 from multilora.registry import Registry
 from multilora.spec import GateSpec
 from orchestrator.cluster import cluster_size, probe_nodes
+from orchestrator.cluster_size import ClusterSize
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller
 from orchestrator.curves import Curves
 from orchestrator.evaluation import Evaluation
 from orchestrator.judge import VerdictKind
 from orchestrator.pace import Pace
-from orchestrator.plan import ClusterSize, Plan, TaskNeed, plan_groups
+from orchestrator.plan import Plan, TaskNeed, plan_groups
 from orchestrator.prepare import PreparedTask, git_sha, prepare
 from orchestrator.report import Outcome, TaskOutcome, build_report
 from orchestrator.report_page import write_report
@@ -224,16 +226,8 @@ def plan_of(needs: Sequence[TaskNeed], size: ClusterSize, config: OrchestratorCo
 
 
 def limited(size: ClusterSize, config: OrchestratorConfig) -> ClusterSize:
-    """The part of the cluster that one submission may use."""
-    num_gpus = size.num_gpus if config.max_gpus is None else min(size.num_gpus, config.max_gpus)
-    num_cpus = size.num_cpus if config.max_cpus is None else min(size.num_cpus, config.max_cpus)
-    return replace(
-        size,
-        num_gpus=num_gpus,
-        num_cpus=num_cpus,
-        max_gpus_per_node=min(size.max_gpus_per_node, num_gpus),
-        max_cpus_per_node=min(size.max_cpus_per_node, num_cpus),
-    )
+    """The cluster with what one submission may use of it."""
+    return replace(size, max_gpus=config.max_gpus or math.inf, max_cpus=config.max_cpus or math.inf)
 
 
 def _results(outcomes: Sequence[TaskOutcome]) -> tuple[TaskResult, ...]:

@@ -29,11 +29,16 @@ class FrozenPrefix:
     It is off while the runs' texts would take more than `max_bytes`. Results do not depend on it, but for rounding.
     """
 
-    def __init__(self, model: PreTrainedModel, adapted: Iterable[str], max_bytes: float | None = None) -> None:
-        """Wrap the layers of `model` below those that hold the modules `adapted`; there may be none."""
+    def __init__(
+        self, model: PreTrainedModel, adapted: Iterable[str], max_bytes: float | None = None, num_workers: int = 1
+    ) -> None:
+        """Wrap the layers of `model` below those that hold the modules `adapted`; there may be none.
+
+        `num_workers`, each with a prefix of its own, may share the memory.
+        """
         stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
         self._is_t5 = model.config.model_type in T5_KINDS
-        self._max_bytes = MEMORY_SHARE * psutil.virtual_memory().available if max_bytes is None else max_bytes
+        self._max_bytes = MEMORY_SHARE * psutil.virtual_memory().available / num_workers if max_bytes is None else max_bytes
         self._bytes_per_token = model.config.hidden_size * model.dtype.itemsize
         self._num_tokens: dict[int, int] = {}
         self._seen: dict[bytes, Tensor] = {}

@@ -9,6 +9,7 @@ from functools import cached_property
 from multilora.scoring import ScoringRow
 from orchestrator.adapter_run import AdapterRun
 from orchestrator.batching import batch_indices, dropout_key
+from orchestrator.ranks import balanced_shares
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class GroupBatch:
                 batch.gold.append(run.train_gold[index])
                 batch.weights.append(1.0 / len(indices))
         return batch
+
+    def shares(self, num_ranks: int) -> list[GroupBatch]:
+        """Deal the rows out to the ranks; weights stay, so the ranks' losses and gradients add up to the whole batch's."""
+        return [
+            GroupBatch(
+                rows=[self.rows[i] for i in share],
+                gold=[self.gold[i] for i in share],
+                weights=[self.weights[i] for i in share],
+                runs=self.runs,
+            )
+            for share in balanced_shares(self.lengths, num_ranks)
+        ]
 
     @cached_property
     def lengths(self) -> list[int]:

@@ -41,7 +41,7 @@ class Pace:
             if seconds >= MIN_SECONDS:
                 # Resumed, stopped and failed trainings count for the steps that they did.
                 done = sum(num_flops[first.task] * (last.step - first.step) / last.num_steps for first, last in spans)
-                key, rate = rate_key(group.base, group.gpus), done / seconds / (group.gpus or group.cpus)
+                key, rate = rate_key(group.base, group.gpus), done / seconds / (group.workers * (group.gpus or group.cpus))
                 self.rates[key] = (self.rates.get(key, rate) + rate) / 2
         self._file.parent.mkdir(parents=True, exist_ok=True)
         staging = self._file.with_suffix(f".{os.getpid()}")

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
+from operator import attrgetter
 
 from multilora.spec import BaseSpec, ResourceSpec
+from orchestrator.cluster_size import ClusterSize, Labels
 
 FLOPS_PER_S = {"cpu_core": 4e10, "gpu": 4e13}
 """Sustained rates that the estimates assume where none was measured: one CPU core in float32, one data-centre GPU in bfloat16."""
@@ -56,6 +58,11 @@ class TaskNeed:
         return self.num_train * self.epochs * self.tokens_per_example
 
     @property
+    def tokens_per_step(self) -> float:
+        """Tokens of one step on one worker."""
+        return -(-self.batch_size // self.resources.workers) * self.tokens_per_example
+
+    @property
     def num_flops(self) -> float:
         """Forward and backward over a frozen base take 4 operations per parameter and token, a second forward 2 more."""
         return (6 if self.resources.gradient_checkpointing else 4) * self.num_base_parameters * self.num_tokens
@@ -77,34 +84,15 @@ class TaskNeed:
 
 
 @dataclass(frozen=True)
-class ClusterSize:
-    """What the cluster has; per-node limits bound a single worker."""
-
-    num_cpus: float
-    num_gpus: float
-    max_cpus_per_node: float
-    max_gpus_per_node: float
-    memory_bytes_per_node: int
-    memory_bytes_per_gpu: int
-    accelerators: tuple[tuple[str, float], ...] | None = None
-    """GPUs of each kind; None where it is not known."""
-
-    def num_gpus_of(self, accelerator: str | None) -> float:
-        """GPUs of a kind, or all."""
-        if accelerator is None or self.accelerators is None:
-            return self.num_gpus
-        return dict(self.accelerators).get(accelerator, 0.0)
-
-
-@dataclass(frozen=True)
 class TrainingGroup:
-    """Adapters that train together on one worker."""
+    """Adapters that train together, on one worker or data-parallel on several."""
 
     group_id: str
     base: BaseSpec
     members: tuple[str, ...]
     num_slots: int
     gpus: float
+    """Of each worker, as `cpus` and `memory_bytes`."""
     cpus: float
     memory_bytes: int
     num_steps: int
@@ -112,6 +100,9 @@ class TrainingGroup:
     accelerator: str | None = None
     """Kind of GPU that it must have."""
     priority: int = 0
+    workers: int = 1
+    node_labels: Labels = ()
+    """What its nodes must have."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +117,7 @@ class Plan:
     @property
     def gpu_hours(self) -> float:
         """Hours of all GPUs together."""
-        return sum(group.gpus * group.seconds for group in self.groups) / 3600
+        return sum(group.workers * group.gpus * group.seconds for group in self.groups) / 3600
 
 
 def rate_key(base: BaseSpec, gpus: float) -> str:
@@ -144,17 +135,18 @@ def plan_groups(
     refused: list[tuple[str, str]] = []
     alike: dict[tuple[object, ...], list[TaskNeed]] = {}
     for need in sorted(needs, key=lambda n: (-n.num_tokens * n.num_base_parameters, n.task)):
-        gpus, cpus = _worker_size(need.resources, cluster)
+        resources = need.resources
+        gpus, cpus = _worker_size(resources, cluster)
         if reason := _infeasible(need, gpus, cpus, cluster):
             refused.append((need.task, reason))
         else:
-            resources = need.resources
-            kind = (need.base, resources.gradient_checkpointing, resources.accelerator, resources.priority, gpus, cpus)
-            alike.setdefault(kind, []).append(need)
+            where = (resources.accelerator, _labels(resources), resources.workers, gpus, cpus)
+            alike.setdefault((need.base, resources.gradient_checkpointing, resources.priority, where), []).append(need)
     groups: list[TrainingGroup] = []
     for tasks in alike.values():
-        gpus, cpus = _worker_size(tasks[0].resources, cluster)
-        num_lanes = max(1, min(_num_workers(tasks[0].resources.accelerator, gpus, cpus, cluster), len(tasks)))
+        resources = tasks[0].resources
+        gpus, cpus = _worker_size(resources, cluster)
+        num_lanes = min(_num_workers(resources, gpus, cpus, cluster) // resources.workers, len(tasks))
         lanes: list[list[TaskNeed]] = [[] for _ in range(num_lanes)]
         loads = [(0.0, index) for index in range(num_lanes)]  # a heap
         for need in tasks:
@@ -181,35 +173,49 @@ def _makespan_s(groups: Sequence[TrainingGroup], size: ClusterSize) -> float:
 
 def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterSize) -> bool:
     """Whether a group can start beside the running ones."""
-    # Ten tenths of a GPU add up to a little more or less than one.
-    free_cpus = size.num_cpus - sum(other.cpus for other in busy) + 1e-9
-    taken: dict[str | None, float] = {}
+    everyone = (group, *busy)
+    if sum(one.workers * one.gpus for one in everyone) > size.max_gpus + 1e-9:
+        return False
+    if sum(one.workers * one.cpus for one in everyone) > size.max_cpus + 1e-9:
+        return False
+    own = size.nodes_for(group.accelerator, group.node_labels)
+    places: dict[tuple[str | None, Labels], list[TrainingGroup]] = {}
     for other in busy:
-        taken[other.accelerator] = taken.get(other.accelerator, 0.0) + other.gpus
-    # A queue for one kind counts among the busy; it takes no more than there is of the kind.
-    of_kinds = sum(min(gpus, size.num_gpus_of(kind)) for kind, gpus in taken.items() if kind is not None)
-    anywhere = taken.get(None, 0.0)
-    free_gpus = size.num_gpus - of_kinds - anywhere + 1e-9
-    if group.accelerator is not None:
-        # What asks for no kind may have taken this one, as far as there are not enough of the others.
-        num_of_kind = size.num_gpus_of(group.accelerator)
-        spilled = max(0.0, anywhere - (size.num_gpus - num_of_kind))
-        free_gpus = min(free_gpus, num_of_kind - taken.get(group.accelerator, 0.0) - spilled + 1e-9)
-    return group.cpus <= free_cpus and group.gpus <= free_gpus
+        places.setdefault((other.accelerator, other.node_labels), []).append(other)
+    for amount in (attrgetter("cpus"), attrgetter("gpus")):
+        free = sum(map(amount, own.values()))
+        for place, others in places.items():
+            # What may run on other nodes too has taken these as far as there are not enough of the others. A queue counts
+            # among the busy, and takes no more than there is.
+            nodes = size.nodes_for(*place)
+            elsewhere = sum(amount(node) for position, node in nodes.items() if position not in own)
+            taken = min(sum(other.workers * amount(other) for other in others), sum(map(amount, nodes.values())))
+            free -= max(0.0, taken - elsewhere)
+        # Ten tenths of a GPU add up to a little more or less than one.
+        if group.workers * amount(group) > free + 1e-9:
+            return False
+    return True
+
+
+def _labels(resources: ResourceSpec) -> Labels:
+    return tuple(sorted(resources.node_labels.items()))
 
 
 def _worker_size(resources: ResourceSpec, cluster: ClusterSize) -> tuple[float, float]:
-    gpus = resources.gpus if resources.gpus is not None else float(cluster.num_gpus >= 1)
-    cpus = resources.cpus if resources.cpus is not None else (1.0 if gpus else max(1.0, cluster.max_cpus_per_node))
-    return float(gpus), float(cpus)
+    nodes = cluster.nodes_for(resources.accelerator, _labels(resources)).values()
+    gpus, cpus = resources.gpus, resources.cpus
+    if gpus is None:
+        gpus = float(resources.accelerator is not None or any(node.gpus >= 1 for node in nodes))
+    if cpus is None:
+        cpus = 1.0 if gpus else max([1.0, *(node.cpus for node in nodes)])
+    return gpus, cpus
 
 
-def _num_workers(accelerator: str | None, gpus: float, cpus: float, cluster: ClusterSize) -> int:
-    """Count the workers that run side by side; a fraction of a GPU lies on one GPU."""
-    num_gpus = cluster.num_gpus_of(accelerator)
-    if 0 < gpus < 1:
-        return int(num_gpus) * int(1 / gpus + 1e-9)
-    return int(num_gpus // gpus if gpus else cluster.num_cpus // cpus)
+def _num_workers(resources: ResourceSpec, gpus: float, cpus: float, cluster: ClusterSize) -> int:
+    """Count the workers of a size that run side by side."""
+    nodes = cluster.nodes_for(resources.accelerator, _labels(resources)).values()
+    limits = [limit // part for limit, part in ((cluster.max_gpus, gpus), (cluster.max_cpus, cpus)) if part]
+    return int(min([sum(node.num_workers(gpus, cpus) for node in nodes), *limits]))
 
 
 def _fitting_parts(lane: list[TaskNeed], budget: int) -> list[list[TaskNeed]]:
@@ -227,16 +233,28 @@ def _fitting_parts(lane: list[TaskNeed], budget: int) -> list[list[TaskNeed]]:
 
 
 def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) -> str | None:
-    if need.resources.workers > 1:
-        return "resources.workers above 1 (data-parallel training) is not available in this version; set it to 1"
-    accelerator = need.resources.accelerator
-    if accelerator is not None and gpus > cluster.num_gpus_of(accelerator):
-        found = ", ".join(f"{count:g} {kind}" for kind, count in cluster.accelerators or ()) or "none that is named"
-        return f"needs {gpus:g} GPUs of kind {accelerator}, the cluster has {found}; change resources.accelerator"
-    if gpus > cluster.max_gpus_per_node:
-        return f"needs {gpus:g} GPUs on one node, the largest node has {cluster.max_gpus_per_node:g}; lower resources.gpus"
-    if cpus > cluster.max_cpus_per_node:
-        return f"needs {cpus:g} CPUs on one node, the largest node has {cluster.max_cpus_per_node:g}; lower resources.cpus"
+    resources, labels = need.resources, _labels(need.resources)
+    labelled, nodes = (cluster.nodes_for(kind, labels).values() for kind in (None, resources.accelerator))
+    if not labelled:
+        # Every node has an id of its own, which says nothing.
+        pairs = {pair for node in cluster.nodes for pair in node.labels if pair[0] != "ray.io/node-id"}
+        found = _listed(tuple(sorted(pairs))) or "none"
+        return f"needs nodes with labels {_listed(labels)}, the cluster has {found}; change resources.node_labels"
+    if not nodes:
+        kinds = sorted({node.accelerator for node in labelled if node.accelerator})
+        counts = [(kind, sum(node.gpus for node in labelled if node.accelerator == kind)) for kind in kinds]
+        found = ", ".join(f"{count:g} {kind}" for kind, count in counts) or "none that is named"
+        where = f"the cluster with {_listed(labels)}" if labels else "the cluster"
+        return f"needs {gpus:g} GPUs of kind {resources.accelerator}, {where} has {found}; change resources.accelerator"
+    max_gpus, max_cpus = max(node.gpus for node in nodes), max(node.cpus for node in nodes)
+    if gpus > max_gpus:
+        return f"needs {gpus:g} GPUs on one node, the largest node has {max_gpus:g}; lower resources.gpus"
+    if cpus > max_cpus:
+        return f"needs {cpus:g} CPUs on one node, the largest node has {max_cpus:g}; lower resources.cpus"
+    if resources.workers > (room := _num_workers(resources, gpus, cpus, cluster)):
+        size = f"{resources.workers} workers of {gpus:g} GPUs and {cpus:g} CPUs each"
+        limits = " within --max-gpus and --max-cpus" if cluster.is_limited else ""
+        return f"needs {size}, the cluster has room for {room}{limits}; lower resources.workers, gpus or cpus"
     needed, budget = _memory_bytes([need], 1), _budget(gpus, cluster)
     if needed > budget:
         return (
@@ -245,6 +263,10 @@ def _infeasible(need: TaskNeed, gpus: float, cpus: float, cluster: ClusterSize) 
             "or a larger machine"
         )
     return None
+
+
+def _listed(labels: Labels) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels)
 
 
 def _budget(gpus: float, cluster: ClusterSize) -> int:
@@ -259,7 +281,7 @@ def _group(
         num_slots -= 1
     num_flops = sum(need.num_flops for need in lane)
     rate = rates.get(rate_key(lane[0].base, gpus), FLOPS_PER_S["gpu" if gpus else "cpu_core"])
-    members = tuple(need.task for need in lane)
+    members, resources = tuple(need.task for need in lane), lane[0].resources
     return TrainingGroup(
         group_id=hashlib.sha256(" ".join([lane[0].base.model_dump_json(), *members]).encode()).hexdigest()[:8],
         base=lane[0].base,
@@ -269,16 +291,18 @@ def _group(
         cpus=cpus,
         memory_bytes=_memory_bytes(lane, num_slots),
         num_steps=sum(need.num_steps for need in lane),
-        seconds=START_UP_S + num_flops / (rate * (gpus or cpus)),
-        accelerator=lane[0].resources.accelerator,
-        priority=lane[0].resources.priority,
+        seconds=START_UP_S + num_flops / (rate * (gpus or cpus) * resources.workers),
+        accelerator=resources.accelerator,
+        priority=resources.priority,
+        workers=resources.workers,
+        node_labels=_labels(resources),
     )
 
 
 def _memory_bytes(lane: Sequence[TaskNeed], num_slots: int) -> int:
     """Estimate one worker: base once, adapters and optimiser of the slots, activations of the largest joint step."""
     first = lane[0]
-    largest = sorted((need.batch_size * need.tokens_per_example for need in lane), reverse=True)[:num_slots]
+    largest = sorted((need.tokens_per_step for need in lane), reverse=True)[:num_slots]
     adapters = num_slots * max(need.num_adapter_parameters for need in lane) * BYTES_PER_ADAPTER_PARAMETER
     activations = sum(largest) * first.activation_bytes_per_token
     return int(WORKER_BYTES + first.base_bytes + adapters + activations)

@@ -18,7 +18,7 @@ from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan
+    from orchestrator.plan import Plan, TrainingGroup
     from orchestrator.status import TaskStatus
 
 
@@ -30,14 +30,13 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
     if planned.plan.groups:
         table = table_of("group", "base", "tasks", "examples", "steps", "device", "memory", "time")
         for group in planned.plan.groups:
-            device = f"{group.gpus:g} {group.accelerator or 'GPU'}" if group.gpus else f"{group.cpus:g} CPU"
             table.add_row(
                 group.group_id,
                 f"{group.base.model} {group.base.dtype}",
                 "\n".join(group.members),
                 "\n".join(str(sizes[name]) for name in group.members),
                 str(group.num_steps),
-                device,
+                device_of(group),
                 f"~{group.memory_bytes / 2**30:.1f} GiB",
                 f"~{group.seconds / 60:.1f} min",
             )
@@ -47,6 +46,12 @@ def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> No
         print(f"cannot run here: {task}: {reason}", file=sys.stderr)
     for note in planned.notes:
         print(f"note: {note}")
+
+
+def device_of(group: TrainingGroup) -> str:
+    """Say what a group runs on."""
+    workers = f"{group.workers} x " if group.workers > 1 else ""
+    return workers + (f"{group.gpus:g} {group.accelerator or 'GPU'}" if group.gpus else f"{group.cpus:g} CPU")
 
 
 def cost_of(plan: Plan, gpu_price: float | None) -> str:

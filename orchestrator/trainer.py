@@ -3,6 +3,7 @@
 Rows are independent over a frozen base, so an adapter's gradient in a mixed batch is its solo gradient. Loss, clipping,
 learning rate, early stop and checkpoints are per adapter. An adapter that ends frees its slot for the next one. Every
 adapter has a checkpoint file of its own, so a group may be cut short, split or mixed anew and each continues where it was.
+Several ranks share every batch's rows and take the same steps; the first writes and reports.
 Knows no Ray and no MLflow: it reports plain events to a callback.
 """
 
@@ -32,8 +33,8 @@ from orchestrator.frozen_prefix import FrozenPrefix
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.group_batch import GroupBatch
 from orchestrator.group_task import Member, TrainEvent
-from orchestrator.metrics import METRICS
 from orchestrator.micro_batches import MicroBatches
+from orchestrator.ranks import ALONE, RankError, Ranks, balanced_shares
 
 NUM_CANARIES = 4
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
@@ -43,11 +44,17 @@ class GroupTrainer:
     """Trains the members of one group over one base: forward_backward, optim_step, save_states, export_adapter."""
 
     def __init__(
-        self, base: FrozenBase, members: Sequence[Member], num_slots: int, on_event: Callable[[TrainEvent], None]
+        self,
+        base: FrozenBase,
+        members: Sequence[Member],
+        num_slots: int,
+        on_event: Callable[[TrainEvent], None],
+        ranks: Ranks = ALONE,
     ) -> None:
         """Wrap the base for training. A member whose target modules match nothing fails at once."""
         self.base = base
-        self._on_event = on_event
+        self._ranks = ranks
+        self._on_event = on_event if ranks.rank == 0 else lambda event: None
         self._modules_of: dict[str, list[str]] = {}
         for member in members:
             lora = member.spec.lora
@@ -63,7 +70,7 @@ class GroupTrainer:
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
         if any(member.spec.resources.gradient_checkpointing for member in members):
             checkpoint_layers(base.model, self.slots)
-        self._prefix = FrozenPrefix(base.model, ordered)
+        self._prefix = FrozenPrefix(base.model, ordered, num_workers=ranks.size)
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
@@ -71,13 +78,13 @@ class GroupTrainer:
         """Train all members to their end; those whose run keys `stopped` names are saved and left."""
         saved_at = time.monotonic()
         while self._admit():
-            if self._stop(stopped()):
+            if self._stop(self._ranks.from_first(stopped)):
                 continue
             batch = self.next_batch()
             try:
                 losses = self.forward_backward(batch)
-            except CapacityError as error:  # the others go on without it
-                self._fail(batch.run_of_longest_row, str(error))
+            except RankError as error:  # the others go on without it
+                self._fail(batch.shares(self._ranks.size)[error.rank].run_of_longest_row, str(error))
                 continue
             self.optim_step(losses)
             for run in list(self._active):
@@ -92,11 +99,16 @@ class GroupTrainer:
         return GroupBatch.of(self._active)
 
     def forward_backward(self, batch: GroupBatch) -> dict[int, float]:
-        """Add the batch's gradients to the slots; returns each slot's mean loss. Raises CapacityError where one row does not fit.
+        """Add the batch's gradients to the slots; returns each slot's mean loss. Raises RankError where one row does not fit.
 
         It is done in micro-batches; where memory does not suffice, from the start again in smaller ones: same gradients.
         """
-        return self._micro_batches.within_memory(max(batch.lengths), lambda: self._forward_backward(batch))
+        assert self.slots.flat_grad_SP is not None
+        own = batch.shares(self._ranks.size)[self._ranks.rank]
+        longest = max(own.lengths, default=0)
+        parts = self._ranks.together(lambda: self._micro_batches.within_memory(longest, lambda: self._forward_backward(own)))
+        self._ranks.add_up(self.slots.flat_grad_SP)
+        return {run.slot: sum(part[run.slot] for part in parts) for run in batch.runs}
 
     def _forward_backward(self, batch: GroupBatch) -> dict[int, float]:
         assert self.slots.flat_grad_SP is not None
@@ -124,8 +136,9 @@ class GroupTrainer:
 
     def save_states(self) -> None:
         """Write every active adapter's checkpoint."""
-        for run in self._active:
-            save_state(run, self.slots)
+        if self._ranks.rank == 0:
+            for run in self._active:
+                save_state(run, self.slots)
 
     def export_adapter(self, run: AdapterRun) -> AdapterArtifact:
         """Write the best epoch's adapter with its card, canaries and temperature."""
@@ -151,7 +164,7 @@ class GroupTrainer:
             data_fingerprint=run.member.data_fingerprint,
             **card_fields(run.prompt_format),
         )
-        return write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot))
+        return self._ranks.from_first(lambda: write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot)))
 
     def _admit(self) -> bool:
         """Give free slots to waiting members; False when nothing is left to train."""
@@ -173,12 +186,13 @@ class GroupTrainer:
 
     def _stop(self, run_keys: Collection[str]) -> bool:
         """Leave these adapters as they are; says whether any was left."""
+        self._waiting = [member for member in self._waiting if member.run_key not in run_keys]
         stopping = [run for run in self._active if run.member.run_key in run_keys]
+        if stopping:
+            self.save_states()
         for run in stopping:
-            save_state(run, self.slots)
             self._release(run)
             self._emit(run, "stopped", {})
-        self._waiting = [member for member in self._waiting if member.run_key not in run_keys]
         return bool(stopping)
 
     def _refuse(self, member: Member, error: Exception) -> None:
@@ -186,12 +200,10 @@ class GroupTrainer:
 
     def _report_if_trained(self, member: Member) -> bool:
         """A worker that died after this adapter was written starts again with it in the list; it must not train twice."""
-        try:
-            artifact = read_artifact(Path(member.adapter_dir))
-        except AdapterError:
-            return False
-        self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, now_ms(), message=artifact.digest))
-        return True
+        digest = self._ranks.from_first(lambda: _digest_in(Path(member.adapter_dir)))
+        if digest:
+            self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, now_ms(), message=digest))
+        return bool(digest)
 
     def _start(self, member: Member, slot: int) -> AdapterRun:
         spec = member.spec
@@ -222,6 +234,8 @@ class GroupTrainer:
             select_labels=select_labels,
         )
         load_state(run, self.slots)
+        if len(set(self._ranks.gather(run.step))) > 1:  # storage may show a node an old file for a while: Ray starts all again
+            raise RuntimeError(f"workers see different checkpoints of {spec.name}: put the workspace on storage they share")
         self._prefix.reserve(slot, sum(map(len, train_ids + select_ids)))
         return run
 
@@ -239,7 +253,8 @@ class GroupTrainer:
         limit = run.member.spec.max_new_tokens
         if limit is not None:
             rows = [ScoringRow(ids, run.slot, run.labels) for ids in token_rows]
-            written = [answer_text(self.base, ids) for ids in generate(self.base, self.slots, rows, [limit] * len(rows))]
+            token_lists = self._ranks.from_first(lambda: generate(self.base, self.slots, rows, [limit] * len(rows)))
+            written = [answer_text(self.base, ids) for ids in token_lists]
             texts, label_sets = written, [encode_answer(self.base, text, limit) for text in written]
         scores = self._score(run, token_rows, label_sets)
         return [
@@ -262,7 +277,7 @@ class GroupTrainer:
     def _judge_epoch(self, run: AdapterRun) -> None:
         epoch = run.step // run.steps_per_epoch
         scores = self._score(run, run.select_ids, run.select_labels)
-        select_loss, metrics = _select_result(run, scores)
+        select_loss, metrics = self._ranks.from_first(lambda: run.select_result(scores))
         if not math.isfinite(select_loss):
             self._fail(run, NOT_FINITE)
             return
@@ -303,17 +318,21 @@ class GroupTrainer:
         lengths = [
             len(ids) + (labels.tree.num_nodes if reads_labels else 0) for ids, labels in zip(token_rows, label_sets, strict=True)
         ]
+        own = balanced_shares(lengths, self._ranks.size)[self._ranks.rank]
+        own_lengths = [lengths[i] for i in own]
 
-        def attempt() -> list[Tensor]:
-            scores: list[Tensor] = [torch.empty(0)] * len(token_rows)
-            for batch in self._micro_batches.cut(lengths):
-                rows = [ScoringRow(token_rows[i], run.slot, label_sets[i]) for i in batch]
-                for index, score in zip(batch, score_labels(self.base, self.slots, rows), strict=True):
-                    scores[index] = score.cpu()
+        def attempt() -> dict[int, Tensor]:
+            scores: dict[int, Tensor] = {}
+            for batch in self._micro_batches.cut(own_lengths):
+                rows = [ScoringRow(token_rows[own[i]], run.slot, label_sets[own[i]]) for i in batch]
+                for i, score in zip(batch, score_labels(self.base, self.slots, rows), strict=True):
+                    scores[own[i]] = score.cpu().clone()  # a view would travel to the other ranks with its whole batch
             return scores
 
         with torch.no_grad():
-            return self._micro_batches.within_memory(max(lengths, default=0), attempt)
+            parts = self._ranks.together(lambda: self._micro_batches.within_memory(max(own_lengths, default=0), attempt))
+        merged = {i: score for part in parts for i, score in part.items()}
+        return [merged[i] for i in range(len(token_rows))]
 
     def _report_halved(self, max_tokens: int) -> None:
         for run in self._active:
@@ -324,16 +343,9 @@ class GroupTrainer:
         self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, now_ms(), metrics, message))
 
 
-def _select_result(run: AdapterRun, scores: Sequence[Tensor]) -> tuple[float, dict[str, float]]:
-    """Mean loss on the select split, and the gate's metric where the task has labels.
-
-    Writing a free text for every example after every epoch would take longer than training.
-    """
-    gold = [example.label for example in run.member.select]
-    if run.is_free_text:
-        losses = [-float(score) / len(own.token_ids[0]) for score, own in zip(scores, run.select_labels, strict=True)]
-        return sum(losses) / len(losses), {}
-    losses = [-float(s.log_softmax(-1)[run.labels.names.index(label)]) for s, label in zip(scores, gold, strict=True)]
-    answers = [run.labels.names[int(score.argmax())] for score in scores]
-    metric = run.member.spec.gate.metric
-    return sum(losses) / len(losses), {f"select/{metric}": METRICS[metric](gold, answers)}
+def _digest_in(folder: Path) -> str:
+    """Digest of the adapter in a folder; empty where there is none."""
+    try:
+        return read_artifact(folder).digest
+    except AdapterError:
+        return ""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from orchestrator.plan import ClusterSize, TrainingGroup, has_room
+from orchestrator.cluster_size import ClusterSize
+from orchestrator.plan import TrainingGroup, has_room
 from orchestrator.submissions import Submission, Submissions, write_whole
 
 

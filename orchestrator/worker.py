@@ -1,4 +1,4 @@
-"""The Ray Train shell around GroupTrainer: one worker holds the base once and trains its group. No logic of its own."""
+"""The Ray Train shell around GroupTrainer: each worker holds the base once and trains its group. No logic of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from multilora.base_model import load_base
 from multilora.log import setup_logging
 from orchestrator.group_task import GroupTask, TrainEvent
+from orchestrator.ranks import Ranks
 from orchestrator.trainer import GroupTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def train_group(config: dict[str, Any]) -> None:
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)
     try:
-        trainer = GroupTrainer(load_base(task.base), task.members, task.num_slots, line.add)
+        base = load_base(task.base)
+        trainer = GroupTrainer(base, task.members, task.num_slots, line.add, Ranks.of_process_group(base.device))
         trainer.train(line.stopped, task.checkpoint_every_s)
     except Exception:
         logger.exception("worker ends")

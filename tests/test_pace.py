@@ -1,6 +1,7 @@
 """Estimates learn from what earlier trainings took."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_plan import SMALL, TWO_CPUS, need
@@ -36,6 +37,15 @@ def test_the_next_plan_expects_what_the_last_training_took(tmp_path):
     assert Pace(file).rates == pace.rates == json.loads(file.read_text())
     twice = trained(file, 69.0)
     assert twice.rates[rate_key(SMALL, 0.0)] == pytest.approx(1.5 * pace.rates[rate_key(SMALL, 0.0)])
+
+
+def test_workers_share_the_pace(tmp_path):
+    pace, alone = Pace(tmp_path / "pair.json"), trained(tmp_path / "alone.json", 138.0)
+    for step, unix_ms in ((1, 0), (70, 138_000)):
+        pace.note(TrainEvent("progress", "a", "key-a", step, 70, unix_ms))
+        pace.note(TrainEvent("progress", "b", "key-b", step, 70, unix_ms))
+    pace.learn([replace(group, workers=2) for group in groups_of(TASKS)], NUM_FLOPS)
+    assert pace.rates == pytest.approx({key: rate / 2 for key, rate in alone.rates.items()})
 
 
 def test_a_resumed_training_counts_for_the_steps_it_did(tmp_path):

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from multilora.spec import BaseSpec, ResourceSpec
-from orchestrator.plan import START_UP_S, ClusterSize, Plan, TaskNeed, has_room, plan_groups
+from orchestrator.cluster_size import ClusterSize, Node
+from orchestrator.plan import START_UP_S, Plan, TaskNeed, has_room, plan_groups
 
 GIB = 2**30
 SMALL = BaseSpec(model="small")
@@ -14,8 +15,8 @@ NEED = TaskNeed(
     task="task", base=SMALL, num_base_parameters=20_000_000, num_quantised_parameters=16_000_000, num_layers=6, hidden_size=384,
     num_adapter_parameters=332_000, num_train=100, epochs=10, batch_size=16, tokens_per_example=40.0, resources=ResourceSpec(),
 )  # fmt: skip
-TWO_CPUS = ClusterSize(2.0, 0.0, 2.0, 0.0, 8 * GIB, 24 * GIB)
-THREE_GPUS = ClusterSize(32.0, 3.0, 16.0, 2.0, 64 * GIB, 24 * GIB)
+TWO_CPUS = ClusterSize((Node(2.0, 0.0),), 8 * GIB, 24 * GIB)
+THREE_GPUS = ClusterSize((Node(16.0, 2.0), Node(16.0, 1.0)), 64 * GIB, 24 * GIB, is_named=False)
 
 
 def need(task="task", **changes):
@@ -31,13 +32,16 @@ def random_case(seed):
     rng = random.Random(seed)
     num_cpus, num_gpus, num_nodes = rng.choice([2, 4, 16]), rng.choice([0, 0, 1, 4]), rng.choice([1, 2, 5])
     memory, gpu_memory = rng.choice([2, 3, 8, 64]) * GIB, rng.choice([4, 24, 80]) * GIB
-    cluster = ClusterSize(num_cpus * num_nodes, num_gpus * num_nodes, num_cpus, num_gpus, memory, gpu_memory)
+    zones = [(("zone", f"eu-{1 + index % 2}"),) for index in range(num_nodes)]
+    cluster = ClusterSize(tuple(Node(float(num_cpus), float(num_gpus), None, zone) for zone in zones), memory, gpu_memory)
     tasks = []
     for index in range(rng.randint(0, 40)):
         model, *sizes = rng.choice([("small", 20_000_000, 6, 384), ("middle", 250_000_000, 12, 768), ("large", 10**9, 24, 2048)])
         base = BaseSpec(model=model, dtype=rng.choice(["float32", "bfloat16"]), quantization=rng.choice(["none", "none", "4bit"]))
         gpus, cpus = rng.choice([None, None, 0, 0.1, 0.5, 1, 2]), rng.choice([None, None, 1, 3, 32])
-        resources = ResourceSpec(gpus=gpus, cpus=cpus, workers=rng.choice([1] * 9 + [2]))
+        workers = 1 if gpus in (0.1, 0.5) else rng.choice([1, 1, 1, 2, 3])
+        labels = {"zone": rng.choice(["eu-1", "!eu-1", "in(eu-1, eu-2)", "us"])} if rng.random() < 0.3 else {}
+        resources = ResourceSpec(gpus=gpus, cpus=cpus, workers=workers, node_labels=labels)
         num_layers, hidden_size = sizes[1:]
         rank, num_train, epochs = rng.choice([1, 8, 256]), rng.randint(1, 5000), rng.randint(1, 20)
         batch_size, num_tokens = rng.choice([1, 16, 256]), rng.uniform(2, 512)
@@ -61,8 +65,9 @@ def test_each_task_is_in_one_group_within_budget_or_refused(seed):
         assert group.memory_bytes <= (
             group.gpus * cluster.memory_bytes_per_gpu if group.gpus else cluster.memory_bytes_per_node
         )
-        assert group.gpus <= cluster.max_gpus_per_node
-        assert group.cpus <= cluster.max_cpus_per_node
+        nodes = cluster.nodes_for(group.accelerator, group.node_labels).values()
+        assert sum(node.num_workers(group.gpus, group.cpus) for node in nodes) >= group.workers
+        assert has_room(group, [], cluster)
     assert len({group.group_id for group in plan.groups}) == len(plan.groups)
     # A task is refused for what it needs itself, never for its company.
     refused_alone = [refusal for task in tasks for refusal in plan_groups([task], cluster, max_slots).refused]
@@ -119,7 +124,7 @@ def test_longest_work_is_placed_first_on_the_least_loaded_worker():
     [
         (None, 3, 1.0),  # one GPU each where the cluster has any
         (0.5, 6, 0.5),
-        (0.1, 30, 0.1),  # 3.0 // 0.1 is 29
+        (0.1, 26, 0.1),  # 1.0 // 0.1 is 9, and the node of two GPUs has 16 cores
         (0.6, 3, 0.6),  # two of these do not fit on one GPU
         (2, 1, 2.0),
         (0, 2, 0.0),  # 32 cores in workers that take a node of 16
@@ -132,7 +137,7 @@ def test_gpu_lanes(gpus, num_groups, on_gpus):
     assert {group.cpus for group in plan.groups} == {1.0 if on_gpus else 16.0}
 
 
-MIXED_GPUS = replace(THREE_GPUS, accelerators=(("A100", 2.0), ("L4", 1.0)))
+MIXED_GPUS = replace(THREE_GPUS, nodes=(Node(16.0, 2.0, "A100"), Node(16.0, 1.0, "L4")), is_named=True)
 
 
 def test_a_wanted_kind_of_gpu_has_lanes_of_its_own():
@@ -162,6 +167,94 @@ def test_a_group_waits_for_its_kind_of_gpu():
     assert not has_room(a100, [anywhere, anywhere, anywhere], MIXED_GPUS)
 
 
+def test_workers_train_a_group_in_less_time_and_take_their_room_together():
+    pair = ResourceSpec(workers=2, gpus=1, cpus=4)
+    tasks = [need("a", resources=pair), need("b", resources=pair), need("c", resources=ResourceSpec(gpus=1, cpus=4))]
+    plan = plan_groups(tasks, THREE_GPUS, 16)
+    assert {(group.members, group.workers, group.gpus, group.cpus) for group in plan.groups} == {
+        (("a", "b"), 2, 1.0, 4.0),
+        (("c",), 1, 1.0, 4.0),
+    }
+    both, alone = sorted(plan.groups, key=lambda group: -group.workers)
+    # Two tasks by two workers take as long as one by one, each with half the rows of a step in its memory.
+    assert both.seconds == alone.seconds
+    assert both.memory_bytes - alone.memory_bytes == 332_000 * 20
+    assert plan.gpu_hours == pytest.approx(3 * alone.seconds / 3600)
+    assert has_room(both, [alone], THREE_GPUS)
+    assert not has_room(both, [both], THREE_GPUS)
+    assert not has_room(alone, [both, alone], THREE_GPUS)
+    assert plan.makespan_s == alone.seconds
+
+
+def test_workers_lie_on_one_node_each():
+    # Three GPUs are there, but on no two nodes are there two.
+    plan = plan_groups([need(resources=ResourceSpec(workers=2, gpus=2))], THREE_GPUS, 16)
+    ((_, reason),) = plan.refused
+    assert reason.startswith("needs 2 workers of 2 GPUs and 1 CPUs each, the cluster has room for 1; lower")
+
+
+ZONES = replace(
+    THREE_GPUS,
+    nodes=(
+        Node(8.0, 2.0, "A100", (("market", "spot"), ("ray.io/node-id", "0a"), ("zone", "eu-1"))),
+        Node(4.0, 1.0, "L4", (("ray.io/node-id", "0b"), ("zone", "eu-2"))),
+        Node(2.0, 0.0, None, (("ray.io/node-id", "0c"),)),
+    ),
+    is_named=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "nodes"),
+    [
+        ({"zone": "eu-1"}, {0}),
+        ({"zone": "!eu-1"}, {1, 2}),  # so does Ray: a node without the label has another one
+        ({"zone": "in(eu-1, eu-2)"}, {0, 1}),
+        ({"zone": "!in(eu-1,eu-2)"}, {2}),
+        ({"zone": "in(eu-1,eu-2)", "market": "!spot"}, {1}),
+        ({"zone": "eu"}, set()),
+        ({}, {0, 1, 2}),
+    ],
+)
+def test_labels_select_nodes_as_ray_does(rule, nodes):
+    assert set(ZONES.nodes_for(None, tuple(rule.items()))) == nodes
+
+
+def test_labels_have_groups_lanes_and_sizes_of_their_own():
+    rules = [{"zone": "eu-1"}, {"zone": "eu-2"}, {"zone": "!in(eu-1, eu-2)"}]
+    tasks = [need(f"{i}{j}", resources=ResourceSpec(node_labels=rule)) for i, rule in enumerate(rules) for j in range(3)]
+    plan = plan_groups(tasks, ZONES, 16)
+    assert sorted((dict(group.node_labels)["zone"], group.gpus, group.cpus, len(group.members)) for group in plan.groups) == [
+        ("!in(eu-1, eu-2)", 0.0, 2.0, 3),
+        ("eu-1", 1.0, 1.0, 1),
+        ("eu-1", 1.0, 1.0, 2),
+        ("eu-2", 1.0, 1.0, 3),
+    ]
+    # Where Ray has not been asked yet, any label may be there.
+    assert not plan_groups(tasks, THREE_GPUS, 16).refused
+
+
+def test_labels_that_no_node_has_are_refused():
+    elsewhere = need("elsewhere", resources=ResourceSpec(node_labels={"zone": "us-1", "market": "spot"}))
+    other_kind = need("kind", resources=ResourceSpec(node_labels={"zone": "eu-1"}, accelerator="L4"))
+    plan = plan_groups([elsewhere, other_kind, need("any")], ZONES, 16)
+    assert dict(plan.refused) == {
+        "elsewhere": "needs nodes with labels market=spot, zone=us-1, the cluster has market=spot, zone=eu-1, zone=eu-2; "
+        "change resources.node_labels",
+        "kind": "needs 1 GPUs of kind L4, the cluster with zone=eu-1 has 2 A100; change resources.accelerator",
+    }
+    assert [group.members for group in plan.groups] == [("any",)]
+
+
+def test_a_group_waits_for_nodes_with_its_labels():
+    (here,) = plan_groups([need(resources=ResourceSpec(node_labels={"zone": "eu-2"}))], ZONES, 16).groups
+    anywhere, there = replace(here, node_labels=()), replace(here, node_labels=(("zone", "eu-1"),))
+    assert has_room(here, [there, there], ZONES)
+    assert not has_room(here, [here], ZONES)
+    assert has_room(here, [anywhere, anywhere], ZONES)
+    assert not has_room(here, [anywhere, anywhere, anywhere], ZONES)
+
+
 def test_higher_priority_goes_first_whatever_its_length():
     urgent, later = (need(name, resources=ResourceSpec(priority=priority)) for name, priority in (("urgent", 5), ("later", -1)))
     plan = plan_groups([need("long", epochs=50), later, urgent], TWO_CPUS, 16)
@@ -176,13 +269,14 @@ def test_cpu_lanes():
 
 @pytest.mark.parametrize("gpus", [None, 0, 0.1, 0.5, 2])
 def test_groups_start_until_the_cluster_is_full(gpus):
-    plan = plan_groups(needs(60, resources=ResourceSpec(gpus=gpus)), THREE_GPUS, 16)
+    cluster = replace(THREE_GPUS, nodes=(Node(32.0, 2.0), Node(32.0, 1.0)))
+    plan = plan_groups(needs(60, resources=ResourceSpec(gpus=gpus)), cluster, 16)
     busy = []
     for group in plan.groups:
-        assert has_room(group, busy, THREE_GPUS)
+        assert has_room(group, busy, cluster)
         busy.append(group)
-    assert not has_room(plan.groups[0], busy, THREE_GPUS)
-    assert has_room(plan.groups[0], busy[1:], THREE_GPUS)
+    assert not has_room(plan.groups[0], busy, cluster)
+    assert has_room(plan.groups[0], busy[1:], cluster)
 
 
 def test_a_group_waits_for_cpus_and_for_gpus():
@@ -209,7 +303,7 @@ def test_groups_that_must_wait_count_for_the_makespan():
 def test_sixty_four_gpus_are_kept_busy(sigma, num_bases):
     """A thousand tasks of log-normal length: within 10 % of what no schedule can beat."""
     rng = random.Random(sigma)
-    cluster = ClusterSize(1024.0, 64.0, 128.0, 8.0, 512 * GIB, 80 * GIB)
+    cluster = ClusterSize((Node(128.0, 8.0),) * 8, 512 * GIB, 80 * GIB)
     bases = [BaseSpec(model=f"base-{index}") for index in range(num_bases)]
     large = {"num_base_parameters": 10**9, "num_quantised_parameters": 0}
     tasks = [
@@ -265,8 +359,12 @@ def test_tasks_that_fit_alone_but_not_even_in_turn_get_groups_of_their_own():
     ("changes", "reason"),
     [
         (
-            {"resources": ResourceSpec(workers=2)},
-            "resources.workers above 1 (data-parallel training) is not available in this version; set it to 1",
+            {"resources": ResourceSpec(workers=3, cpus=1)},
+            "needs 3 workers of 0 GPUs and 1 CPUs each, the cluster has room for 2; lower resources.workers, gpus or cpus",
+        ),
+        (
+            {"resources": ResourceSpec(node_labels={"zone": "eu-1"})},
+            "needs nodes with labels zone=eu-1, the cluster has none; change resources.node_labels",
         ),
         (
             {"resources": ResourceSpec(gpus=1)},

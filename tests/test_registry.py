@@ -2,18 +2,22 @@
 
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from tiny_adapters import CARDS, TEXTS
 
 import serve.pyfunc_model as pyfunc_model
 from multilora.artifact import read_artifact
-from multilora.errors import RegistryError
+from multilora.errors import RegistryAwayError, RegistryError
 from multilora.registry import CHALLENGER, CHAMPION, Registry
 from serve.engine import Engine, Work
 
@@ -254,3 +258,89 @@ def test_downloaded_adapter_is_the_registered_one(registry, tiny_adapter, tmp_pa
     artifact = tiny_adapter("causal", CARDS)
     version = registry.register(registry.start_run("whole", "k", {}, {}), artifact.folder, artifact.digest, CODE, "", {})
     assert read_artifact(registry.download(version, tmp_path), version.digest).card == artifact.card
+
+
+# Patience
+
+
+class Flaky:
+    """An MLflow server of real HTTP that answers 503 for a while."""
+
+    def __init__(self, num_failures):
+        outer = self
+        self.num_left = num_failures
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.num_left -= 1
+                body = b"{}" if outer.num_left < 0 else b"starting"
+                self.send_response(200 if outer.num_left < 0 else 503)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    made = []
+
+    def make(num_failures):
+        made.append(Flaky(num_failures))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+def test_a_patient_registry_waits_for_a_server_that_is_away(flaky):
+    server, heard = flaky(2), []
+    registry = Registry(server.url, patience_s=60, on_away=heard.append)
+    assert registry.tasks() == []
+    assert len(heard) == 2
+    assert all(server.url in message for message in heard)
+
+
+def test_patience_ends_and_a_listener_may_end_it_sooner(flaky):
+    with pytest.raises(RegistryAwayError, match="check MLFLOW_TRACKING_URI"):
+        Registry(flaky(99).url, patience_s=0.5).tasks()
+
+    def stop(message):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Registry(flaky(99).url, patience_s=60, on_away=stop).tasks()
+
+
+def test_what_mlflow_refuses_is_not_tried_again(registry):
+    heard = []
+    patient = Registry(registry.tracking_uri, patience_s=60, on_away=heard.append)
+    with pytest.raises(RegistryError, match="no-such-run"):
+        patient.set_tags("no-such-run", {"a": "b"})
+    assert heard == []
+
+
+def test_a_run_whose_creation_was_answered_too_late_is_not_created_twice(registry, monkeypatch):
+    """The first attempt creates the run and loses the answer."""
+    create, calls = registry._client.create_run, []
+
+    def lose(*args, **kwargs):
+        calls.append(create(*args, **kwargs))
+        raise MlflowException("connection lost", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(registry, "_retrying", Registry(registry.tracking_uri, patience_s=60)._retrying)
+    monkeypatch.setattr(registry._client, "create_run", lose)
+    run = registry.start_run("cards", "key", {"rank": 8}, {})
+    assert [call.info.run_id for call in calls] == [run.run_id]
+    assert len(registry.runs("cards")) == 1

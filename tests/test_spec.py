@@ -182,6 +182,10 @@ PROBLEMS = {
     "word as number": ("train: {learning_rate: fast}", "train.learning_rate", "valid number", "change the value"),
     "half a worker": ("resources: {workers: 0.5}", "resources.workers", "valid integer", "change the value"),
     "fraction of several gpus": ("resources: {gpus: 1.5}", "resources", "gpus above 1 must be a whole number", "write 0.5, 1, 2"),
+    "part of a gpu for two": ("resources: {gpus: 0.5, workers: 2}", "resources", "cannot share a GPU", "write a whole number"),
+    "label of nothing": ('resources: {node_labels: {zone: ""}}', "resources", "zone:  is not of letters", "write .zone"),
+    "unknown rule": ('resources: {node_labels: {zone: "not(a)"}}', "resources", r"node_labels zone: not\(a\)", "write .zone"),
+    "number as label": ("resources: {node_labels: {zone: 1}}", "resources.node_labels.zone", "valid string", "quotes"),
     "kind of gpu without one": ("resources: {gpus: 0, accelerator: L4}", "resources", "accelerator names a kind", "omit one"),
     "margin of zero": ("gate: {margin: 0}", "gate.margin", "greater than 0", "change the value"),
 }  # fmt: skip

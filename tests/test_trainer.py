@@ -26,6 +26,7 @@ from orchestrator.batching import batch_indices
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.group_task import Member
+from orchestrator.ranks import ALONE
 from orchestrator.trainer import GroupTrainer
 from serve.engine import Engine, Work
 
@@ -88,7 +89,14 @@ class Trained:
     """What came out of one GroupTrainer."""
 
     def __init__(
-        self, base, members, num_slots=4, should_stop=lambda: False, on_event=lambda trainer, event: None, every_s=NEVER_S
+        self,
+        base,
+        members,
+        num_slots=4,
+        should_stop=lambda: False,
+        on_event=lambda trainer, event: None,
+        every_s=NEVER_S,
+        ranks=ALONE,
     ):
         self.events = []
         self.trainer = None
@@ -98,7 +106,7 @@ class Trained:
             on_event(self.trainer, event)
 
         self.folders = {member.spec.name: Path(member.adapter_dir) for member in members}
-        self.trainer = GroupTrainer(base, members, num_slots, note)
+        self.trainer = GroupTrainer(base, members, num_slots, note, ranks)
         keys = [member.run_key for member in members]
         self.trainer.train(lambda: keys if should_stop() else (), every_s)
         ended = {event.task for event in self.events if event.kind in ("finished", "failed")}

@@ -1,17 +1,19 @@
 """Whose turn it is: order across submissions, no place given twice, none kept by the dead."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from test_submissions import driver, order_of, submissions  # noqa: F401  fixtures
 
 from multilora.spec import BaseSpec
-from orchestrator.plan import ClusterSize, TrainingGroup, has_room
+from orchestrator.cluster_size import ClusterSize, Node
+from orchestrator.plan import TrainingGroup, has_room
 from orchestrator.submissions import SubmissionStatus
 from orchestrator.turns import Claim, Turns, startable
 
 BASE = BaseSpec(model="/base")
-FOUR_GPUS = ClusterSize(16.0, 4.0, 16.0, 4.0, 1 << 40, 1 << 40, accelerators=(("L4", 3.0), ("H100", 1.0)))
+FOUR_GPUS = ClusterSize((Node(8.0, 3.0, "L4"), Node(8.0, 1.0, "H100")), 1 << 40, 1 << 40)
 
 
 def group(name, gpus=1.0, priority=0, seconds=10.0, accelerator=None):
@@ -97,7 +99,7 @@ def test_submissions_share_and_the_dead_keep_nothing(submissions, tmp_path, driv
 
 def test_a_submission_uses_no_more_than_its_share(submissions, tmp_path):  # noqa: F811
     submission = submissions.create(order_of(tmp_path, "a"))
-    turns = Turns(submissions, submission, FOUR_GPUS, ClusterSize(16.0, 2.0, 16.0, 2.0, 1 << 40, 1 << 40))
+    turns = Turns(submissions, submission, FOUR_GPUS, replace(FOUR_GPUS, max_gpus=2.0))
     groups = [group(str(i), seconds=10 - i) for i in range(3)]
     assert turns.next(groups, []) == groups[:2]
     assert turns.next(groups[2:], groups[:2]) == []

@@ -32,16 +32,18 @@ def cluster() -> Iterator[Cluster]:
 def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     cluster: Cluster, cli: CommandLine, tmp_path: Path
 ) -> None:
-    cluster.add_node(num_cpus=1, num_gpus=1, resources={"accelerator_type:L4": 1})
+    cluster.add_node(num_cpus=2, num_gpus=2, resources={"accelerator_type:L4": 1}, labels={"zone": "eu-1"})
     on_cluster = CommandLine(cli.workspace, {"RAY_ADDRESS": cluster.address})
     build_t5(tmp_path / "t5")
     train = {"epochs": 6, "learning_rate": 0.01, "batch_size": 8}
     wanted = write_spec(tmp_path, "animals", animal_rows(120), "./t5", LABELS, **train)
     spec = yaml.safe_load(wanted.read_text(encoding="utf-8"))
-    spec["resources"] = {"accelerator": "L4"}
+    spec["resources"] = {"accelerator": "L4", "node_labels": {"zone": "eu-1"}, "workers": 2}
     wanted.write_text(yaml.safe_dump(spec), encoding="utf-8")
-    missing = tmp_path / "missing.yaml"
+    missing, elsewhere = tmp_path / "missing.yaml", tmp_path / "elsewhere.yaml"
     missing.write_text(yaml.safe_dump({**spec, "name": "missing", "resources": {"accelerator": "H100"}}), encoding="utf-8")
+    labels = {"node_labels": {"zone": "us-1"}}
+    elsewhere.write_text(yaml.safe_dump({**spec, "name": "elsewhere", "resources": labels}), encoding="utf-8")
 
     # Both nodes answer; that one declares a GPU which it has not is what the doctor is for.
     checks = {check["name"]: check["is_ok"] for check in on_cluster.json("doctor", wanted, code=1)["checks"]}
@@ -51,11 +53,12 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     assert [name.rpartition(" ")[2] for name, is_ok in nodes.items() if not is_ok] == ["gpus"]
     assert all(is_ok for name, is_ok in checks.items() if name not in nodes)
 
-    planned = on_cluster.json("plan", wanted, missing, code=1)
-    assert [(group["members"], group["accelerator"]) for group in planned["groups"]] == [(["animals"], "L4")]
+    planned = on_cluster.json("plan", wanted, missing, elsewhere, code=1)
+    assert [(group["members"], group["accelerator"], group["workers"]) for group in planned["groups"]] == [(["animals"], "L4", 2)]
     assert planned["gpu_hours"] > 0
     assert planned["refused"] == {
-        "missing": "needs 1 GPUs of kind H100, the cluster has 1 L4; change resources.accelerator"
+        "missing": "needs 1 GPUs of kind H100, the cluster has 2 L4; change resources.accelerator",
+        "elsewhere": "needs nodes with labels zone=us-1, the cluster has zone=eu-1; change resources.node_labels",
     }
 
     # Detached, and cancelled while its worker starts: the GPU comes back.
@@ -65,7 +68,7 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     wait_for(_holding, 120)
     assert "CANCELLED" in on_cluster.run("cancel", "animals")
     wait_for(lambda: not _holding(), 30)
-    assert ray.available_resources()["GPU"] == 1.0
+    assert ray.available_resources()["GPU"] == 2.0
     assert [row["status"] for row in on_cluster.json("status")["tasks"]] == ["CANCELLED"]
 
     report = on_cluster.json("submit", "--resume")
