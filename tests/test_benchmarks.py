@@ -1,4 +1,7 @@
-"""Every benchmark runs, says that its results are correct, and names its ratios; their values are a quiet machine's business."""
+"""Benchmarks run, say that their results are correct, and name their ratios; their values are a quiet machine's business.
+
+submit.py, minutes of real Ray and real scripts, is run by hand.
+"""
 
 import json
 import subprocess
