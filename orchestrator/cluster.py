@@ -28,7 +28,7 @@ from orchestrator.cluster_size import ClusterSize, Node
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import EvalItem, EvalOutcome
 from orchestrator.group_task import GroupTask
-from orchestrator.plan import TrainingGroup
+from orchestrator.room import TrainingGroup
 
 LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
 """What training depends on, so that it must be the same on every node."""

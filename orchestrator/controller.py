@@ -58,7 +58,7 @@ class Controller:
         return work
 
     def start_run(self, work: TaskWork) -> None:
-        """Create or reopen the MLflow run of a task that will be trained."""
+        """Create or reopen the MLflow run of a task whose training begins."""
         prepared = work.prepared
         if work.run is None:
             tags = {
@@ -171,9 +171,11 @@ class Controller:
     def cancel(self, work: TaskWork, reason: str) -> None:
         """Say that somebody ended a task's training; its checkpoint stays."""
         work.error = reason or "cancelled; submit again to continue"
-        self.move(work, Event.CANCELLED, work.error)
-        assert work.run is not None
-        self._registry.end_run(work.run.run_id, is_ok=False)
+        if work.status is Status.TRAINING and work.run:
+            self.move(work, Event.CANCELLED, work.error)
+            self._registry.end_run(work.run.run_id, is_ok=False)
+        else:  # it never began
+            self._on_update(Update(work.task, str(Status.CANCELLED), message=work.error))
 
     def move(self, work: TaskWork, event: Event, reason: str = "") -> None:
         """Apply an event to a run: its new status, and apart from it the reason."""

@@ -146,8 +146,6 @@ class Driver:
         for work in works:
             work.error = refused.get(work.task, "")
         to_train = [work for work in works if work.action is Action.TRAIN and not work.error]
-        for work in to_train:
-            controller.start_run(work)
         if to_train:
             self._train(controller, to_train, plan, size)
         self._check_stop()

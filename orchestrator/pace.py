@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.group_task import TrainEvent
-from orchestrator.plan import TrainingGroup, rate_key
+from orchestrator.plan import rate_key
+from orchestrator.room import TrainingGroup
 
 MIN_SECONDS = 5.0
 """Shorter trainings say more of their start than of their pace."""

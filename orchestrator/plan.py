@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
-from operator import attrgetter
 
 from multilora.spec import BaseSpec, ResourceSpec
 from orchestrator.cluster_size import ClusterSize, Labels
+from orchestrator.room import Room, TrainingGroup
 
 FLOPS_PER_S = {"cpu_core": 4e10, "gpu": 4e13}
 """Sustained rates that the estimates assume where none was measured: one CPU core in float32, one data-centre GPU in bfloat16."""
@@ -84,28 +84,6 @@ class TaskNeed:
 
 
 @dataclass(frozen=True)
-class TrainingGroup:
-    """Adapters that train together, on one worker or data-parallel on several."""
-
-    group_id: str
-    base: BaseSpec
-    members: tuple[str, ...]
-    num_slots: int
-    gpus: float
-    """Of each worker, as `cpus` and `memory_bytes`."""
-    cpus: float
-    memory_bytes: int
-    num_steps: int
-    seconds: float
-    accelerator: str | None = None
-    """Kind of GPU that it must have."""
-    priority: int = 0
-    workers: int = 1
-    node_labels: Labels = ()
-    """What its nodes must have."""
-
-
-@dataclass(frozen=True)
 class Plan:
     """Groups to train, highest priority and longest first, and the tasks that cannot run here, with the reason."""
 
@@ -162,39 +140,16 @@ def plan_groups(
 def _makespan_s(groups: Sequence[TrainingGroup], size: ClusterSize) -> float:
     """Play the schedule through: the next group starts as soon as it has room."""
     waiting, running, now_s = deque(groups), list[tuple[float, int, TrainingGroup]](), 0.0
+    room = Room(size)
     while waiting or running:
-        if waiting and has_room(waiting[0], [group for _, _, group in running], size):
+        if waiting and room.fits(waiting[0]):
             group = waiting.popleft()
+            room.take(group)
             heappush(running, (now_s + group.seconds, len(waiting), group))
         else:
-            now_s = heappop(running)[0]
+            now_s, _, group = heappop(running)
+            room.give_back(group)
     return now_s
-
-
-def has_room(group: TrainingGroup, busy: Sequence[TrainingGroup], size: ClusterSize) -> bool:
-    """Whether a group can start beside the running ones."""
-    everyone = (group, *busy)
-    if sum(one.workers * one.gpus for one in everyone) > size.max_gpus + 1e-9:
-        return False
-    if sum(one.workers * one.cpus for one in everyone) > size.max_cpus + 1e-9:
-        return False
-    own = size.nodes_for(group.accelerator, group.node_labels)
-    places: dict[tuple[str | None, Labels], list[TrainingGroup]] = {}
-    for other in busy:
-        places.setdefault((other.accelerator, other.node_labels), []).append(other)
-    for amount in (attrgetter("cpus"), attrgetter("gpus")):
-        free = sum(map(amount, own.values()))
-        for place, others in places.items():
-            # What may run on other nodes too has taken these as far as there are not enough of the others. A queue counts
-            # among the busy, and takes no more than there is.
-            nodes = size.nodes_for(*place)
-            elsewhere = sum(amount(node) for position, node in nodes.items() if position not in own)
-            taken = min(sum(other.workers * amount(other) for other in others), sum(map(amount, nodes.values())))
-            free -= max(0.0, taken - elsewhere)
-        # Ten tenths of a GPU add up to a little more or less than one.
-        if group.workers * amount(group) > free + 1e-9:
-            return False
-    return True
 
 
 def _labels(resources: ResourceSpec) -> Labels:

@@ -18,7 +18,8 @@ from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
-    from orchestrator.plan import Plan, TrainingGroup
+    from orchestrator.plan import Plan
+    from orchestrator.room import TrainingGroup
     from orchestrator.status import TaskStatus
 
 

@@ -3,8 +3,7 @@
 Rows are independent over a frozen base, so an adapter's gradient in a mixed batch is its solo gradient. Loss, clipping,
 learning rate, early stop and checkpoints are per adapter. An adapter that ends frees its slot for the next one. Every
 adapter has a checkpoint file of its own, so a group may be cut short, split or mixed anew and each continues where it was.
-Several ranks share every batch's rows and take the same steps; the first writes and reports.
-Knows no Ray and no MLflow: it reports plain events to a callback.
+Ranks share every batch's rows and take the same steps; the first reports plain events to a callback. Knows no Ray, no MLflow.
 """
 
 from __future__ import annotations

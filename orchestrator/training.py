@@ -16,9 +16,9 @@ from orchestrator.curves import Curves
 from orchestrator.group_task import GroupTask, Member, TrainEvent
 from orchestrator.mailbox import Mailbox
 from orchestrator.pace import Pace
-from orchestrator.plan import TrainingGroup
 from orchestrator.prepare import PreparedTask
-from orchestrator.state import Event, Status, Update
+from orchestrator.room import TrainingGroup
+from orchestrator.state import Update
 from orchestrator.work import TaskWork
 
 POLL_S = 0.3
@@ -36,6 +36,8 @@ class Training:
     ) -> None:
         self._config, self._controller, self._curves, self._on_update = config, controller, curves, on_update
         self._pace = Pace(config.pace_file)
+        self._begun, self._over = set[str](), set[str]()
+        """Run keys of adapters that a worker began, and that ended one way or the other."""
 
     def run(
         self,
@@ -74,13 +76,15 @@ class Training:
         next_groups((), ())
         self.handle(ray.get(mailbox.take.remote()), by_key)
         reasons = wishes()
+        errors = {name: started.error for started in running for name in started.group.members}
         for work in works:
-            if work.status is Status.TRAINING and work.task in asked:
+            if work.prepared.run_key in self._over:
+                continue
+            if work.task in asked:
                 self._controller.cancel(work, reasons.get(work.task, ""))
-        for started in running:
-            for name in started.group.members:
-                if by_task[name].status is Status.TRAINING:
-                    self._controller.fail(by_task[name], f"worker ended: {started.error or 'no result'}")
+            else:
+                self._begin(work)
+                self._controller.fail(work, f"worker ended: {errors.get(work.task) or 'no result'}")
         self._curves.flush()
         self._pace.learn(groups, {work.task: work.prepared.need.num_flops for work in works})
 
@@ -90,16 +94,18 @@ class Training:
         for event in events:
             self._pace.note(event)
             work = by_key[event.run_key]
-            assert work.run is not None
-            if work.status is not Status.TRAINING:
+            if event.run_key in self._over:
                 continue  # a worker that died starts again with all members, and reports the finished ones once more
+            self._begin(work)
+            assert work.run is not None
             self._curves.add(work.run.run_id, event)
             if event.kind in ("finished", "failed", "stopped") and work.task in steps:
                 self._on_update(steps.pop(work.task))
             if event.kind == "finished":
-                self._controller.move(work, Event.FINISHED)
+                self._over.add(event.run_key)
                 self._controller.register(work)
             elif event.kind == "failed":
+                self._over.add(event.run_key)
                 self._controller.fail(work, event.message)
             elif event.kind != "stopped":
                 before = steps[work.task].metrics if work.task in steps else {}
@@ -108,6 +114,12 @@ class Training:
         for update in steps.values():
             self._on_update(update)
         self._curves.try_flush()
+
+    def _begin(self, work: TaskWork) -> None:
+        """An adapter's run begins when a worker begins it: until then it waits, whatever it is called elsewhere."""
+        if work.prepared.run_key not in self._begun:
+            self._begun.add(work.prepared.run_key)
+            self._controller.start_run(work)
 
     def _start_group(self, group: TrainingGroup, by_task: Mapping[str, TaskWork], mailbox: Any, log_file: Path) -> RunningGroup:
         members = tuple(member_of(by_task[name].prepared, self._config) for name in group.members)

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from orchestrator.cluster_size import ClusterSize
-from orchestrator.plan import TrainingGroup, has_room
+from orchestrator.room import Room, TrainingGroup
 from orchestrator.submissions import Submission, Submissions, write_whole
 
 
@@ -35,13 +35,13 @@ def startable(claims: Sequence[Claim], size: ClusterSize) -> list[TrainingGroup]
 
     One that finds no room keeps its place: a later one starts only beside it, where room for both remains.
     """
-    taken = [claim.group for claim in claims if claim.is_running]
+    room = Room(size, (claim.group for claim in claims if claim.is_running))
     waiting = [claim for claim in claims if not claim.is_running]
     found = []
     for claim in sorted(waiting, key=lambda claim: (-claim.group.priority, claim.submission, -claim.group.seconds)):
-        if has_room(claim.group, taken, size):
+        if room.fits(claim.group):
             found.append(claim.group)
-        taken.append(claim.group)
+        room.take(claim.group)
     return found
 
 
@@ -63,9 +63,10 @@ class Turns:
             ]
             own = [Claim(group, group in running, self._submission.number) for group in (*running, *waiting)]
             may_start = startable([*others, *own], self._size)
-            started = list[TrainingGroup]()
+            started, own_room = list[TrainingGroup](), Room(self._own_size, running)
             for group in waiting:
-                if group in may_start and has_room(group, [*running, *started], self._own_size):
+                if group in may_start and own_room.fits(group):
+                    own_room.take(group)
                     started.append(group)
             claims = tuple(Claim(claim.group, claim.is_running or claim.group in started, claim.submission) for claim in own)
             write_whole(_file(self._submission), _CLAIMS.dump_json(claims))

@@ -137,7 +137,6 @@ class Submission:
         if work.action is Action.KEEP:
             return work
         if work.action is Action.TRAIN:
-            controller.start_run(work)
             self.handle(controller, self.train(), work)
         if work.action is Action.REGISTER:
             controller.register(work)
@@ -150,9 +149,12 @@ class Submission:
         controller.judge(work)
         return work
 
-    def handle(self, controller, events, work):
+    def training(self, controller):
         curves = Curves(self.config.workspace / "curves", self.registry, self.registry)
-        Training(self.config, controller, curves, lambda update: None).handle(events, {self.task.run_key: work})
+        return Training(self.config, controller, curves, lambda update: None)
+
+    def handle(self, controller, events, work):
+        self.training(controller).handle(events, {self.task.run_key: work})
 
     def evaluation(self, controller):
         return Evaluation(self.config, self.registry, controller, lambda update: None)
@@ -225,12 +227,12 @@ def test_events_that_a_restarted_worker_sends_again_change_nothing(task, adapter
     submission = Submission(task, adapter_dir, tmp_path / "work", registry, {})
     controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
-    controller.start_run(work)
-    submission.handle(controller, submission.train(), work)
+    training = submission.training(controller)
+    training.handle(submission.train(), {task.run_key: work})
     assert work.status is Status.REGISTERED
     state = deepcopy(registry.state())
     # Another member of the group killed the worker; Ray Train starts it again with all members.
-    submission.handle(controller, submission.train(), work)
+    training.handle(submission.train(), {task.run_key: work})
     assert (work.status, work.error) == (Status.REGISTERED, "")
     assert registry.state() == state
 
@@ -240,7 +242,6 @@ def test_calibration_errors_are_logged_beside_the_gates_metric(task, adapter_dir
     submission = Submission(task, adapter_dir, tmp_path / "work", registry, {})
     controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
-    controller.start_run(work)
     submission.handle(controller, submission.train(), work)
     # Confidence 0.9 at temperature 1 and 0.75 at temperature 2, always right.
     rows = tuple(Graded(e.id, "", e.label, e.label, 0.75, (math.log(9), 0.0)) for e in task.dataset.gate)
@@ -256,10 +257,10 @@ def test_a_failure_that_a_restarted_worker_reports_again_is_one_failure(task, ad
     submission = Submission(task, None, tmp_path / "work", registry, {})
     controller = Controller(submission.config, registry, lambda update: None)
     work = controller.observe(task)
-    controller.start_run(work)
+    training = submission.training(controller)
     for _ in range(2):
         events = [TrainEvent(kind, "mood", task.run_key, 0, 1, 0, message="loss is not finite") for kind in ("started", "failed")]
-        submission.handle(controller, events, work)
+        training.handle(events, {task.run_key: work})
         assert (work.status, work.error) == (Status.FAILED, "loss is not finite")
 
 

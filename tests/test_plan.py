@@ -7,7 +7,8 @@ import pytest
 
 from multilora.spec import BaseSpec, ResourceSpec
 from orchestrator.cluster_size import ClusterSize, Node
-from orchestrator.plan import START_UP_S, Plan, TaskNeed, has_room, plan_groups
+from orchestrator.plan import START_UP_S, Plan, TaskNeed, plan_groups
+from orchestrator.room import Room
 
 GIB = 2**30
 SMALL = BaseSpec(model="small")
@@ -17,6 +18,10 @@ NEED = TaskNeed(
 )  # fmt: skip
 TWO_CPUS = ClusterSize((Node(2.0, 0.0),), 8 * GIB, 24 * GIB)
 THREE_GPUS = ClusterSize((Node(16.0, 2.0), Node(16.0, 1.0)), 64 * GIB, 24 * GIB, is_named=False)
+
+
+def has_room(group, busy, size):
+    return Room(size, busy).fits(group)
 
 
 def need(task="task", **changes):

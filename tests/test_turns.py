@@ -8,7 +8,7 @@ from test_submissions import driver, order_of, submissions  # noqa: F401  fixtur
 
 from multilora.spec import BaseSpec
 from orchestrator.cluster_size import ClusterSize, Node
-from orchestrator.plan import TrainingGroup, has_room
+from orchestrator.room import Room, TrainingGroup
 from orchestrator.submissions import SubmissionStatus
 from orchestrator.turns import Claim, Turns, startable
 
@@ -67,7 +67,7 @@ def test_random_claims_never_take_more_than_there_is_and_the_first_is_never_over
         while claims:
             started = startable([*(Claim(one, True) for one in busy), *claims], FOUR_GPUS)
             first = min(claims, key=lambda claim: (-claim.group.priority, claim.submission, -claim.group.seconds)).group
-            assert (first in started) == has_room(first, busy, FOUR_GPUS) or first.gpus > 3
+            assert (first in started) == Room(FOUR_GPUS, busy).fits(first) or first.gpus > 3
             if not started and not busy:
                 break  # asks for more than there is; plan_groups refuses it
             for one in started:
