@@ -1,11 +1,7 @@
-"""The connected cluster: measure it, probe its nodes, run groups and evaluations on it.
-
-What runs on workers is named and not imported: the driver needs neither transformers nor scikit-learn, which take it 6 s.
-"""
+"""The connected cluster: measure it, probe its nodes, run groups and evaluations on it."""
 
 from __future__ import annotations
 
-import importlib
 import platform
 import threading
 import uuid
@@ -24,6 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from multilora.spec import BaseSpec
+from orchestrator import entry
 from orchestrator.cluster_size import ClusterSize, Node
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import EvalItem, EvalOutcome
@@ -132,7 +129,7 @@ class RunningGroup:
         self.error: Exception | None = None
         resources = {"CPU": group.cpus, "GPU": group.gpus}
         self._trainer: TorchTrainer = TorchTrainer(
-            _train_group,
+            entry.train_group,
             # Behind a reference: Ray Train's controller process unpacks what it is given, and would import torch and more for it.
             train_loop_config={"task": ray.put(task)},
             # For what ranks say to each other. Whether there is CUDA, so that NCCL can add up gradients, only the workers know:
@@ -172,10 +169,6 @@ class RunningGroup:
             self.error = error
 
 
-def _train_group(config: dict[str, Any]) -> None:
-    importlib.import_module("orchestrator.worker").train_group(config)
-
-
 def evaluate_on_cluster(
     base: BaseSpec,
     items: Sequence[EvalItem],
@@ -185,14 +178,9 @@ def evaluate_on_cluster(
     check_stop: Callable[[], None],
 ) -> EvalOutcome:
     """Run `orchestrator.evaluate.evaluate` where there is room for it; `check_stop` is called meanwhile, and may raise."""
-    remote: Any = ray.remote(_evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    remote: Any = ray.remote(entry.evaluate).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
     running = remote.remote(base, items, untouched)
     while not ray.wait([running], timeout=0.5)[0]:
         check_stop()
     outcome: EvalOutcome = ray.get(running)
-    return outcome
-
-
-def _evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[EvalItem]) -> EvalOutcome:
-    outcome: EvalOutcome = importlib.import_module("orchestrator.evaluate").evaluate(base, items, untouched)
     return outcome

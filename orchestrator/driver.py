@@ -156,7 +156,8 @@ class Driver:
         open_works = [work for work in works if work.action is not Action.KEEP and not work.error]
         missing = [work for work in open_works if evaluation.is_needed(work)]
         gpus = max((group.gpus for group in plan.groups), default=0.0)
-        checked = evaluation.run(missing, cpus=1.0, gpus=gpus, check_stop=self._check_stop) if missing else {}
+        cpus = 1.0 if gpus else max(1.0, *(node.cpus for node in size.nodes))
+        checked = evaluation.run(missing, cpus, gpus, self._check_stop) if missing else {}
         wishes = self._wishes()
         for work in open_works:
             if work.task in wishes:

@@ -22,6 +22,8 @@ WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "
 
 oneDNN remembers 1024 shapes of products by default; training on batches of 400 shapes then took 2.2 GB, with 32 of them 1.2.
 """
+LOCAL_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""On one machine nobody preempts; the watcher is a process more."""
 
 
 class RaySession:
@@ -54,7 +56,7 @@ class RaySession:
         remote_env = {"py_modules": [str(root / package) for package in PACKAGES], "env_vars": WORKER_ENV}
         if not address:
             # Ray's processes on this machine inherit the environment.
-            os.environ.update({name: value for name, value in WORKER_ENV.items() if name not in os.environ})
+            os.environ.update({name: value for name, value in (WORKER_ENV | LOCAL_ENV).items() if name not in os.environ})
         # The dashboard stays on: without it Ray Train cannot free the resources of a run whose driver died.
         context = ray.init(
             address=address or "local",
