@@ -231,3 +231,11 @@ def card_fields(prompt_format: PromptFormat) -> dict[str, Any]:
     """The card's share of a prompt format."""
     fields = asdict(prompt_format)
     return {**fields, "labels": list(prompt_format.labels)}
+
+
+def digest_in(folder: Path) -> str:
+    """Digest of the whole adapter in a folder; empty where there is none."""
+    try:
+        return read_artifact(folder).digest
+    except AdapterError:
+        return ""

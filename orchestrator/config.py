@@ -9,7 +9,7 @@ from pydantic import Field
 
 from multilora.spec import Part
 
-MLFLOW_PATIENCE_S = 1800.0
+MLFLOW_PATIENCE_S, GPU_MEMORY_GIB = 1800.0, 24.0
 
 
 class OrchestratorConfig(Part):
@@ -23,7 +23,7 @@ class OrchestratorConfig(Part):
     """Ray cluster; omit for a local Ray."""
     max_slots: int = Field(default=16, ge=1)
     """Most adapters that train together in one group."""
-    gpu_memory_gib: float = Field(default=24.0, gt=0)
+    gpu_memory_gib: float = Field(default=GPU_MEMORY_GIB, gt=0)
     """Memory of one GPU, for the plan's estimates; Ray does not tell it."""
     checkpoint_every_s: float = Field(default=30.0, gt=0)
     """Seconds between checkpoints."""
@@ -38,12 +38,13 @@ class OrchestratorConfig(Part):
 
     @classmethod
     def from_environment(cls, workspace: Path | None = None) -> OrchestratorConfig:
-        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI, RAY_ADDRESS, ORCHESTRATOR_MLFLOW_PATIENCE_S."""
+        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI, RAY_ADDRESS, and two settings of ours."""
         root = workspace or Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator"))
         return cls(
             workspace=root.resolve(),
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
             ray_address=os.environ.get("RAY_ADDRESS") or None,
+            gpu_memory_gib=float(os.environ.get("ORCHESTRATOR_GPU_MEMORY_GIB", GPU_MEMORY_GIB)),
             mlflow_patience_s=float(os.environ.get("ORCHESTRATOR_MLFLOW_PATIENCE_S", MLFLOW_PATIENCE_S)),
         )
 

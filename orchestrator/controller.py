@@ -11,8 +11,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from multilora.artifact import read_artifact
-from multilora.errors import AdapterError, MultiLoraError
+from multilora.artifact import digest_in, read_artifact
+from multilora.errors import MultiLoraError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import spec_hash
 from orchestrator.config import OrchestratorConfig
@@ -54,7 +54,7 @@ class Controller:
             work.status = Status.REGISTERED  # the workspace with the stored answers is gone
         is_champion = bool(champion and version and champion.version == version.version)
         is_gate_changed = bool(run and run.tags.get(TAG_GATE, prepared.gate_hash) != prepared.gate_hash)
-        work.action = next_action(RunFacts(work.status, self._has_artifact(run_key), is_champion, is_gate_changed))
+        work.action = next_action(RunFacts(work.status, bool(digest_in(self._config.adapter_dir(run_key))), is_champion, is_gate_changed))
         return work
 
     def start_run(self, work: TaskWork) -> None:
@@ -184,10 +184,3 @@ class Controller:
         self._registry.set_tags(work.run.run_id, {TAG_STATUS: str(work.status), TAG_REASON: reason})
         logger.info("run %s task=%s run=%s reason=%s", work.status, work.task, work.run.run_id, reason)
         self._on_update(Update(work.task, str(work.status), message=reason))
-
-    def _has_artifact(self, run_key: str) -> bool:
-        try:
-            read_artifact(self._config.adapter_dir(run_key))
-        except AdapterError:
-            return False
-        return True

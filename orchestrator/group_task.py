@@ -34,6 +34,8 @@ class TrainEvent:
     unix_ms: int
     metrics: dict[str, float] = field(default_factory=dict)
     message: str = ""
+    batch_size: int = 0
+    """Examples of one step."""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from rich.console import Console
@@ -14,6 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from orchestrator.state import Update
+
+WAITING, AT_WORK = "waiting", ("TRAINING", "EVALUATING")
 
 
 class Progress(Protocol):
@@ -47,11 +51,11 @@ def plain_line(update: Update) -> str:
 
 
 class LiveTable:
-    """One row per task with status, bar, loss, select result and time left."""
+    """One row per task with status, bar, loss, select result, speed and time left; those at work come first."""
 
     def __init__(self, tasks: Sequence[str], live: Live) -> None:
         self._live = live
-        self._rows: dict[str, Update] = {task: Update(task, "waiting") for task in tasks}
+        self._rows: dict[str, Update] = {task: Update(task, WAITING) for task in tasks}
         self._numbers: dict[str, dict[str, float]] = {task: {} for task in tasks}
         self._started: dict[str, tuple[float, int]] = {}
 
@@ -61,7 +65,7 @@ class LiveTable:
         if update.num_steps:
             self._started.setdefault(update.task, (time.monotonic(), update.step))
         else:
-            update = Update(update.task, update.status, before.step, before.num_steps, update.metrics, update.message)
+            update = replace(update, step=before.step, num_steps=before.num_steps)
         self._numbers.setdefault(update.task, {}).update(update.metrics)
         self._rows[update.task] = update
         self._live.update(self._table())
@@ -73,29 +77,37 @@ class LiveTable:
         self._live.start()
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False, expand=False)
-        for heading in ("task", "status", "progress", "loss", "select", "left", ""):
+        counts = Counter(row.status for row in self._rows.values())
+        caption = ", ".join(f"{count} {status}" for status, count in counts.items())
+        table = Table(box=None, pad_edge=False, expand=False, caption=caption, caption_justify="left")
+        for heading in ("task", "status", "progress", "loss", "select", "examples/s", "left", ""):
             table.add_column(heading, no_wrap=heading != "")
-        for task, row in self._rows.items():
-            numbers = self._numbers[task]
+        # A terminal shows the first of many.
+        for row in sorted(self._rows.values(), key=lambda row: (row.status not in AT_WORK, row.status == WAITING)):
+            numbers = self._numbers[row.task]
             metrics = [value for name, value in numbers.items() if name.startswith("select/") and name != "select/loss"]
+            steps_per_s = self._steps_per_s(row)
             table.add_row(
-                task,
+                row.task,
                 row.status,
                 ProgressBar(total=max(row.num_steps, 1), completed=row.step, width=24),
                 f"{numbers['train/loss']:.3f}" if "train/loss" in numbers else "",
                 f"{metrics[0]:.3f}" if metrics else "",
-                self._time_left(row),
+                f"{steps_per_s * row.batch_size:.1f}" if steps_per_s else "",
+                _duration((row.num_steps - row.step) / steps_per_s) if steps_per_s else "",
                 row.message[:60],
             )
         return table
 
-    def _time_left(self, row: Update) -> str:
+    def _steps_per_s(self, row: Update) -> float:
         began, first_step = self._started.get(row.task, (0.0, 0))
         if row.status != "TRAINING" or row.step <= first_step:
-            return ""
-        seconds = (time.monotonic() - began) / (row.step - first_step) * (row.num_steps - row.step)
-        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+            return 0.0
+        return (row.step - first_step) / (time.monotonic() - began)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 @contextmanager

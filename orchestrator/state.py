@@ -71,6 +71,8 @@ class Update:
     num_steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     message: str = ""
+    batch_size: int = 0
+    """Examples of one step."""
 
 
 TRANSITIONS: dict[tuple[Status, Event], Status] = {

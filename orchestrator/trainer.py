@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
+from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, digest_in, write_artifact
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, CapacityError, DataError
 from multilora.generate import answer_text, generate
@@ -199,7 +199,7 @@ class GroupTrainer:
 
     def _report_if_trained(self, member: Member) -> bool:
         """A worker that died after this adapter was written starts again with it in the list; it must not train twice."""
-        digest = self._ranks.from_first(lambda: _digest_in(Path(member.adapter_dir)))
+        digest = self._ranks.from_first(lambda: digest_in(Path(member.adapter_dir)))
         if digest:
             self._on_event(TrainEvent("finished", member.spec.name, member.run_key, 0, 0, now_ms(), message=digest))
         return bool(digest)
@@ -338,13 +338,6 @@ class GroupTrainer:
             self._emit(run, "halved", {"train/micro_batch_tokens": float(max_tokens)})
 
     def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
-        name, key = run.member.spec.name, run.member.run_key
-        self._on_event(TrainEvent(kind, name, key, run.step, run.num_steps, now_ms(), metrics, message))
-
-
-def _digest_in(folder: Path) -> str:
-    """Digest of the adapter in a folder; empty where there is none."""
-    try:
-        return read_artifact(folder).digest
-    except AdapterError:
-        return ""
+        spec, key = run.member.spec, run.member.run_key
+        steps = (run.step, run.num_steps, now_ms())
+        self._on_event(TrainEvent(kind, spec.name, key, *steps, metrics, message, spec.train.batch_size))

@@ -109,8 +109,9 @@ class Training:
                 self._controller.fail(work, event.message)
             elif event.kind != "stopped":
                 before = steps[work.task].metrics if work.task in steps else {}
-                metrics = {**before, **event.metrics}
-                steps[work.task] = Update(work.task, str(work.status), event.step, event.num_steps, metrics, event.message)
+                metrics, status = {**before, **event.metrics}, str(work.status)
+                numbers = (event.step, event.num_steps, metrics, event.message, event.batch_size)
+                steps[work.task] = Update(work.task, status, *numbers)
         for update in steps.values():
             self._on_update(update)
         self._curves.try_flush()
