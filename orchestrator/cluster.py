@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private.state import state  # no public call tells what the autoscaler may add
+import yaml
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,10 +30,6 @@ from orchestrator.room import TrainingGroup
 LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
 """What training depends on, so that it must be the same on every node."""
 PROBE_TIMEOUT_S = 120.0
-NODE_GROUP = "ray.io/node-group"
-"""Label with the name of an autoscaler's node type."""
-MANY = 100
-"""Nodes of a type that may be added without limit."""
 ACCELERATOR = "accelerator_type:"
 """What Ray calls a node's kind of GPU among its resources."""
 
@@ -49,16 +45,28 @@ def cluster_size(config: OrchestratorConfig) -> ClusterSize:
     """Size of the connected cluster, with the nodes that its autoscaler may add: a group that waits for one makes it come."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = [_node_of(node["Resources"], node["Labels"]) for node in alive]
-    groups = Counter(node["Labels"].get(NODE_GROUP) for node in alive)
-    autoscaler = state.get_cluster_config()
-    for kind in autoscaler.node_group_configs if autoscaler else ():
-        num_to_come = (kind.max_count if kind.max_count >= 0 else MANY) - groups[kind.name]
-        nodes += [_node_of(kind.resources, kind.labels)] * num_to_come
     return ClusterSize(
-        nodes=tuple(nodes),
+        nodes=(*nodes, *nodes_to_come(config.cluster_file, nodes)),
         memory_bytes_per_node=int(max(node["Resources"].get("memory", 0.0) for node in alive)),
         memory_bytes_per_gpu=int(config.gpu_memory_gib * 2**30),
     )
+
+
+def nodes_to_come(cluster_file: Path, nodes: Sequence[Node]) -> list[Node]:
+    """Nodes that `available_node_types` of a cluster file allows beside those that are there; none without the file.
+
+    Open-source Ray tells nobody but its autoscaler; `ray up` leaves the file on the head.
+    """
+    if not cluster_file.is_file():
+        return []
+    there = Counter((node.cpus, node.gpus, node.accelerator) for node in nodes)
+    types = yaml.safe_load(cluster_file.read_text(encoding="utf-8"))["available_node_types"].values()
+    found = []
+    for kind in types:
+        node = _node_of(kind.get("resources", {}), kind.get("labels", {}))
+        missing = kind.get("max_workers", 0) - there[node.cpus, node.gpus, node.accelerator]
+        found += [node] * missing
+    return found
 
 
 def _node_of(resources: Mapping[str, float], labels: Mapping[str, str]) -> Node:

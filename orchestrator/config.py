@@ -27,6 +27,8 @@ class OrchestratorConfig(Part):
     """Memory of one GPU, for the plan's estimates; Ray does not tell it."""
     checkpoint_every_s: float = Field(default=30.0, gt=0)
     """Seconds between checkpoints."""
+    cluster_file: Path = Path("~/ray_bootstrap_config.yaml")
+    """Says which nodes an autoscaler may add (`available_node_types`, as in cluster.yaml); `ray up` puts it on the head."""
     max_failures: int = Field(default=3, ge=0)
     """How often a group is started again after its worker died."""
     max_gpus: float | None = Field(default=None, gt=0)
@@ -38,12 +40,13 @@ class OrchestratorConfig(Part):
 
     @classmethod
     def from_environment(cls, workspace: Path | None = None) -> OrchestratorConfig:
-        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI, RAY_ADDRESS, and two settings of ours."""
+        """Read ORCHESTRATOR_HOME (default .orchestrator), MLFLOW_TRACKING_URI, RAY_ADDRESS, and settings of ours."""
         root = workspace or Path(os.environ.get("ORCHESTRATOR_HOME", ".orchestrator"))
         return cls(
             workspace=root.resolve(),
             tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or None,
             ray_address=os.environ.get("RAY_ADDRESS") or None,
+            cluster_file=Path(os.environ.get("ORCHESTRATOR_CLUSTER_FILE", "~/ray_bootstrap_config.yaml")).expanduser(),
             gpu_memory_gib=float(os.environ.get("ORCHESTRATOR_GPU_MEMORY_GIB", GPU_MEMORY_GIB)),
             mlflow_patience_s=float(os.environ.get("ORCHESTRATOR_MLFLOW_PATIENCE_S", MLFLOW_PATIENCE_S)),
         )

@@ -54,7 +54,8 @@ class Controller:
             work.status = Status.REGISTERED  # the workspace with the stored answers is gone
         is_champion = bool(champion and version and champion.version == version.version)
         is_gate_changed = bool(run and run.tags.get(TAG_GATE, prepared.gate_hash) != prepared.gate_hash)
-        work.action = next_action(RunFacts(work.status, bool(digest_in(self._config.adapter_dir(run_key))), is_champion, is_gate_changed))
+        has_artifact = bool(digest_in(self._config.adapter_dir(run_key)))
+        work.action = next_action(RunFacts(work.status, has_artifact, is_champion, is_gate_changed))
         return work
 
     def start_run(self, work: TaskWork) -> None:
