@@ -36,6 +36,8 @@ def test_lost_worker_then_interrupt_then_kill_then_continue(cli: CommandLine, tm
     rows = animal_rows(240)
     train = {"epochs": 40, "learning_rate": 0.01, "batch_size": 8}
     t5 = write_spec(tmp_path, "animals", rows, "./t5", {"bird": None, "fish": None}, **train)
+    # The one with many steps goes first, so that it is the one that is killed in the middle.
+    t5.write_text(t5.read_text(encoding="utf-8") + "resources: {priority: 1}\n", encoding="utf-8")
     minilm = demo_task(tmp_path, "question-type", epochs=2, learning_rate=2e-3, max_examples=120)
 
     undisturbed = CommandLine(tmp_path / "undisturbed")
