@@ -143,12 +143,15 @@ def drive(folder: Path) -> None:
     """Be the driver of a submission; `submit` starts it."""
     from multilora.log import setup_logging
     from orchestrator.session import RaySession
-    from orchestrator.submissions import Submission
+    from orchestrator.submissions import Submission, Submissions
 
     setup_logging()
     submission = Submission(folder)
-    # Ray starts while the driver's libraries load.
-    with RaySession(submission.order.config) as session:
+    config = submission.order.config
+    with RaySession(config) as session:
+        if not Submissions(config.workspace).in_the_way(submission, is_shared=config.ray_address is not None):
+            session.start()  # while the driver's libraries load
+
         from orchestrator.driver import Driver
 
         with errors():

@@ -17,6 +17,7 @@ from multilora.registry import Registry
 from multilora.spec import TaskSpec
 from orchestrator.cluster import LIBRARIES, NodeFacts, num_gpu_devices, probe_nodes
 from orchestrator.config import OrchestratorConfig
+from orchestrator.jobs import RayJobs
 from orchestrator.session import ray_session
 
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 3.0
@@ -89,6 +90,9 @@ def _ray(config: OrchestratorConfig) -> Iterator[Check]:
             yield Check("ray", True, f"{where} answers")
             fix = "start Ray with its dashboard: without it, GPUs of a killed run stay taken"
             yield Check("dashboard", bool(dashboard), dashboard or "off", fix)
+            if config.ray_address:
+                RayJobs(config)
+                yield Check("jobs", True, "the cluster takes jobs")
             yield from _nodes(probe_nodes(config.workspace), config)
     except MultiLoraError as error:
         fix = "start it, or correct RAY_ADDRESS; where it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +33,17 @@ class RaySession:
         self._config = config
         # The thread lives as long as the session: Ray's processes end with the thread that started them.
         self._thread = ThreadPoolExecutor(1)
-        self._started = self._thread.submit(self._start)
+        self._started: Future[str] | None = None
+
+    def start(self) -> None:
+        """Begin, if it has not begun."""
+        if self._started is None:
+            self._started = self._thread.submit(self._start)
 
     def wait(self) -> str:
         """Wait until Ray is there; returns its dashboard's address. Raises CapacityError."""
+        self.start()
+        assert self._started is not None
         try:
             return self._started.result()
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -47,8 +54,9 @@ class RaySession:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._started.exception()  # waits
-        ray.shutdown()
+        if self._started is not None:
+            self._started.exception()  # waits
+            ray.shutdown()
         self._thread.shutdown()
 
     def _start(self) -> str:

@@ -8,9 +8,12 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from multilora.base_model import load_base
+from multilora.errors import MultiLoraError
 from multilora.log import setup_logging
+from orchestrator.adapter_run import now_ms
 from orchestrator.group_task import GroupTask, TrainEvent
 from orchestrator.ranks import Ranks
 from orchestrator.trainer import GroupTrainer
@@ -48,7 +51,14 @@ def train_group(config: dict[str, Any]) -> None:
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)
     try:
-        base = load_base(task.base)
+        try:
+            base = load_base(task.base)
+        except MultiLoraError as error:
+            if dist.get_world_size() > 1:
+                raise  # the other ranks may wait for this one
+            for member in task.members:  # a second attempt would fail alike
+                line.add(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))
+            return
         trainer = GroupTrainer(base, task.members, task.num_slots, line.add, Ranks.of_process_group(base.device))
         trainer.train(line.stopped, task.checkpoint_every_s)
     except Exception:

@@ -13,7 +13,7 @@ import torch
 import transformers
 import yaml
 
-from e2e.conftest import DATA, CommandLine, demo_task, needs_minilm
+from e2e.conftest import DATA, CommandLine, demo_task, needs_minilm, wait_for
 from multilora.base_files import find_base
 from multilora.spec import BaseSpec
 
@@ -25,8 +25,15 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: broken\nbase: {model: x}\n", encoding="utf-8")
 
-    # One bad file is named, with what to do, and the others go on.
-    report = cli.json("submit", *specs, broken, code=2)
+    # One bad file is named, with what to do, and the others go on. A second submit of the same waits for its turn.
+    first = cli.start("submit", *specs, broken, "--json")
+    wait_for(lambda: cli.json("status")["submissions"], 60)
+    second = cli.start("submit", *specs)
+    out, err = first.communicate(timeout=600)
+    assert first.returncode == 2, err
+    report = json.loads(out)
+    assert "Nothing changed" in second.communicate(timeout=120)[0]
+    assert second.returncode == 0
     assert {p["field"] for p in report["problems"]} == {"data", "instruction"}
     assert report["outcome"] == "CLEAR"
     by_task = {task["task"]: task for task in report["tasks"]}
@@ -38,8 +45,7 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     html = next(cli.workspace.glob("reports/*/report.html")).read_text(encoding="utf-8")
     assert "question-type@1" in html
 
-    # A second submit trains nothing.
-    assert "Nothing changed" in cli.run("submit", *specs)
+    # It trained nothing.
     assert [row["num_versions"] for row in cli.json("status")["tasks"]] == [1, 1]
 
     # The endpoint answers as plain PEFT does.
