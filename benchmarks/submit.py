@@ -8,7 +8,7 @@ of the scripts, and the mean accuracy is not lower than theirs. `phases_s` in th
 own progress lines, which are up to a second late.
 
 `first_step_s` is the time from the start of `submit` to the first optimiser step. `controller_peak_mb` is the largest resident
-set of the submit process itself while it carries many tiny tasks through; Ray's processes are not in it.
+set of the submit process and its driver while they carry many tiny tasks through; Ray's processes are not in it.
 
     python benchmarks/submit.py [--quick] [--json FILE] [--rounds N]
 """
@@ -159,14 +159,14 @@ def add_bar(report: Report, group: str, name: str, value: float) -> None:
 
 
 def submit(workspace: Path, specs: Sequence[Path]) -> Submission:
-    """Run `orchestrator submit` over a fresh workspace, as a person would, and watch the memory of its process."""
+    """Run `orchestrator submit` over a fresh workspace, as a person would, and watch its memory."""
     env = {**environment(), "PYTHONPATH": str(ROOT), "ORCHESTRATOR_HOME": str(workspace)}
     command = [sys.executable, "-m", "orchestrator", "submit", "--json", *map(str, specs)]
     peak_bytes, start_s = 0, time.time()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = psutil.Popen(command, env=env, cwd=workspace.parent, stdout=out, stderr=err)
         while process.poll() is None:
-            peak_bytes = max(peak_bytes, process.memory_info().rss)
+            peak_bytes = max(peak_bytes, process.memory_info().rss + sum(map(driver_bytes, process.children())))
             time.sleep(SAMPLE_EVERY_S)
         end_s = time.time()
         out.seek(0)
@@ -175,8 +175,21 @@ def submit(workspace: Path, specs: Sequence[Path]) -> Submission:
         # A refused or unproven adapter (3, 4) was made and judged as well.
         if process.returncode not in (0, 3, 4):
             raise RuntimeError("orchestrator submit failed:\n" + "\n".join(lines[-20:]))
-        events = [json.loads(line) for line in lines if line.startswith("{")]
+        events = [event for event in map(json.loads, filter(is_json, lines)) if "task" in event]
         return Submission(json.load(out), phases_of(events, start_s, end_s), peak_bytes)
+
+
+def driver_bytes(process: psutil.Process) -> int:
+    """Resident set of the driver, which is the controller; Ray's processes are none of it."""
+    try:
+        return int(process.memory_info().rss) if "drive" in process.cmdline() else 0
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def is_json(line: str) -> bool:
+    """Whether a line of the log is an event."""
+    return line.startswith("{")
 
 
 def environment() -> dict[str, str]:

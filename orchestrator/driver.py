@@ -101,8 +101,8 @@ class Driver:
                 others = self._submissions.in_the_way(self._submission, is_shared=bool(self._config.ray_address))
                 if not others:
                     self._submission.set_state(SubmissionStatus.RUNNING)
-                    # Several processes that open a new store at once break it.
-                    self._registry.initialise()
+                    if not self._config.tracking_uri:
+                        self._registry.initialise()  # several processes that open a new file at once break it
                     return
                 reason = f"waits for {', '.join(other.id for other in others)}"
                 if reason != said:
@@ -112,6 +112,8 @@ class Driver:
 
     def _carry_out(self) -> SubmitResult:
         order, config = self._order, self._config
+        self._registry.initialise()
+        self._hand_over_curves()
         prepared, problems = prepare(order.specs)
         controller = Controller(config, self._registry, self._update, self._submission.id)
         works = [controller.observe(task, force=order.force) for task in prepared]
@@ -176,6 +178,12 @@ class Driver:
             return dict.fromkeys((work.task for work in works), found[ALL]) if ALL in found else found
 
         Training(config, controller, curves, self._update).run(works, plan.groups, turns.next, wishes, submission.worker_log)
+
+    def _hand_over_curves(self) -> None:
+        """What a submission that was killed did not get into MLflow, and did not go on to."""
+        for folder in {file.parent for file in self._config.workspace.glob("submissions/*/curves/*.jsonl")}:
+            if Submission(folder.parent).state.status.is_over:
+                Curves(folder, self._registry, self._registry).flush()
 
     def _wishes(self) -> dict[str, str]:
         """Tasks that shall end, ALL among them."""
