@@ -29,6 +29,8 @@ ALL = "_all"
 START_TIMEOUT_S = 120.0
 """A driver that has not come to life after this time will not."""
 LOCK_TIMEOUT_S = 60.0
+OPEN = "open"
+"""Folder of markers."""
 
 
 class SubmissionStatus(StrEnum):
@@ -207,7 +209,17 @@ class Submission:
 
     def set_state(self, status: SubmissionStatus, reason: str = "") -> None:
         """Write how far it is."""
+        if not status.is_over:
+            self._marker.parent.mkdir(exist_ok=True)
+            self._marker.touch()
         write_whole(self.folder / "state.json", _STATE.dump_json(State(status, reason, time.time())))
+        if status.is_over:
+            self._marker.unlink(missing_ok=True)
+
+    @property
+    def _marker(self) -> Path:
+        """There while it is not over, so that nobody has to look at thousands that are."""
+        return self.folder.parent / OPEN / self.id
 
     def set_result(self, result: SubmitResult) -> None:
         """Write what it came to."""
@@ -254,9 +266,10 @@ class Submissions:
             staging = self._root / f".new-{os.getpid()}"
             staging.mkdir(exist_ok=True)
             (staging / "order.json").write_bytes(_ORDER.dump_json(order, indent=1))
-            (staging / "state.json").write_bytes(_STATE.dump_json(State(SubmissionStatus.STARTING, since=time.time())))
             (staging / "events.jsonl").touch()
+            (staging / "state.json").write_bytes(_STATE.dump_json(State(SubmissionStatus.STARTING, since=time.time())))
             staging.rename(submission.folder)
+            submission.set_state(SubmissionStatus.STARTING)
         return submission
 
     def all(self) -> list[Submission]:
@@ -266,14 +279,16 @@ class Submissions:
 
     def open(self) -> list[tuple[Submission, State]]:
         """Those that something still happens to, in the order of arrival."""
-        pairs = [(submission, submission.state) for submission in self.all()]
+        found = (Submission(self._root / marker.name) for marker in (self._root / OPEN).glob("submission-*"))
+        pairs = [(submission, submission.state) for submission in sorted(found, key=lambda submission: submission.number)]
         return [(submission, state) for submission, state in pairs if not state.status.is_over]
 
     def recent(self) -> list[tuple[Submission, State]]:
         """The open ones and the newest that is over."""
-        pairs = [(submission, submission.state) for submission in self.all()]
-        over = [pair for pair in pairs if pair[1].status.is_over]
-        return [pair for pair in pairs if pair in over[-1:] or not pair[1].status.is_over]
+        is_open = {submission for submission, _ in self.open()}
+        over = [submission for submission in self.all() if submission not in is_open]
+        shown = sorted([*is_open, *over[-1:]], key=lambda submission: submission.number)
+        return [(submission, submission.state) for submission in shown]
 
     def find(self, name: str | None = None) -> Submission:
         """The submission of this id, or the newest. Raises RequestError where there is none."""

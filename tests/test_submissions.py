@@ -165,6 +165,16 @@ def test_what_is_over_or_lost_is_in_nobodys_way(submissions, tmp_path, driver):
     assert [submission.id for submission, _ in submissions.recent()] == ["submission-1", "submission-2"]
 
 
+def test_what_is_over_is_not_looked_at_until_it_is_renewed(submissions, tmp_path):
+    first, second = (submissions.create(order_of(tmp_path, "a")) for _ in range(2))
+    first.set_state(SubmissionStatus.DONE)
+    (first.folder / "state.json").rename(first.folder / "hidden")  # reading it would raise
+    assert [submission for submission, _ in submissions.open()] == [second]
+    (first.folder / "hidden").rename(first.folder / "state.json")
+    first.renew()
+    assert [submission for submission, _ in submissions.open()] == [first, second]
+
+
 def test_submissions_created_at_once_have_numbers_of_their_own(submissions, tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_submissions import order_of, Submissions\n"
