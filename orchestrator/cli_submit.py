@@ -46,6 +46,8 @@ def submit(
     from orchestrator import launch
     from orchestrator.submissions import Order, Submissions, SubmissionStatus
 
+    if not files and not resume:
+        raise typer.BadParameter("name task files, or go on with the newest submission: --resume")
     config = config_of(workspace)
     submissions = Submissions(config.workspace)
     problems: list[Problem] = []

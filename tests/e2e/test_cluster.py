@@ -79,28 +79,36 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     assert not _holding()
 
 
-def test_a_node_dies_and_every_adapter_arrives_as_if_undisturbed(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
+def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(3)]
     build_t5(tmp_path / "t5")
     specs = []
     for seed in range(6):
         train = {"epochs": 20, "learning_rate": 0.01, "batch_size": 8, "seed": seed}
         specs.append(write_spec(tmp_path, f"animals-{seed}", animal_rows(120), "./t5", LABELS, **train))
-    # One group on this machine: training together changes no adapter.
+        specs[-1].write_text(specs[-1].read_text(encoding="utf-8") + "resources: {cpus: 1}\n", encoding="utf-8")
+    # Undisturbed, on this machine: adapters one after another on one core each, as every group has it on the cluster.
     undisturbed = CommandLine(tmp_path / "undisturbed")
-    undisturbed.json("submit", *specs)
+    undisturbed.python(
+        "from orchestrator.api import OrchestratorConfig, load, submit\n"
+        "config = OrchestratorConfig.from_environment().model_copy(update={'max_slots': 1})\n"
+        f"submit(load({list(map(str, specs))}), config)"
+    )
 
     on_cluster = CommandLine(cli.workspace, {"RAY_ADDRESS": cluster.address})
-    process = on_cluster.start("submit", *specs, "--json", "--checkpoint-every", "0.2")
+    options = ("--json", "--checkpoint-every", "0.2")
+    submits = [on_cluster.start("submit", *specs[first : first + 3], *options) for first in (0, 3)]
     checkpoints = cli.workspace / "checkpoints"
     wait_for(lambda: len(list(checkpoints.glob("*.safetensors"))) == 6 and saved_steps(checkpoints) > 30, 300)
+    assert [row["status"] for row in on_cluster.json("status")["submissions"]] == ["RUNNING", "RUNNING"]
     cluster.remove_node(nodes[1], allow_graceful=False)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    assert {task["decision"] for task in json.loads(out)["tasks"]} == {"promoted"}
-    events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
-    plan = next(event["plan"]["plan"] for event in events if "plan" in event)
-    assert [(len(group["members"]), group["gpus"]) for group in plan["groups"]] == [(1, 1.0)] * 6
+    for process in submits:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert {task["decision"] for task in json.loads(out)["tasks"] if task["state"] == "judged"} == {"promoted"}
+        events = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+        plan = next(event["plan"]["plan"] for event in events if "plan" in event)
+        assert [(len(group["members"]), group["gpus"]) for group in plan["groups"]] == [(1, 1.0)] * 3
     assert on_cluster.json("status")["tasks"] == undisturbed.json("status")["tasks"]
     for seed in range(6):
         assert same_weights(adapter_of(cli, f"animals-{seed}"), adapter_of(undisturbed, f"animals-{seed}"))
