@@ -1,11 +1,18 @@
-"""What the command line says of a plan's cost."""
+"""What the command line says of plans, events, logs and status."""
+
+import json
+import re
 
 import pytest
 from test_plan import MIXED_GPUS, THREE_GPUS, TWO_CPUS, needs
 
 from multilora.spec import ResourceSpec
+from orchestrator.config import OrchestratorConfig
 from orchestrator.plan import Plan, plan_groups
-from orchestrator.tables import cost_of, device_of
+from orchestrator.state import Update
+from orchestrator.status import TaskStatus
+from orchestrator.submissions import PLANNED, Order, PlannedSubmission, State, Submissions, SubmissionStatus
+from orchestrator.tables import cost_of, device_of, print_log, print_status, show_event
 
 
 @pytest.mark.parametrize(
@@ -33,3 +40,60 @@ def test_cost_of_a_plan(plan, price, expected):
 def test_device_of_a_group(resources, size, expected):
     (group,) = plan_groups(needs(1, resources=ResourceSpec(**resources)), size, 16).groups
     assert device_of(group) == expected
+
+
+class Shown:
+    """A progress that keeps what it is told."""
+
+    def __init__(self):
+        self.updates = []
+
+    def update(self, update):
+        self.updates.append(update)
+
+    def say(self, show):
+        show()
+
+
+def test_events_become_a_plan_a_warning_or_an_update(capsys):
+    planned = PlannedSubmission(Plan((), (("mood", "needs a GPU"),)), ("tone",), notes=("tone: 3 rows are twice in it",))
+    shown = Shown()
+    show_event({"time": 1.0, "plan": json.loads(PLANNED.dump_json(planned))}, shown)
+    show_event({"time": 2.0, "warning": "MLflow is away"}, shown)
+    show_event({"time": 3.0, "task": "tone", "status": "TRAINING", "step": 2, "num_steps": 4, "metrics": {}}, shown)
+    out, err = capsys.readouterr()
+    assert "unchanged, nothing to train: tone" in out
+    assert "note: tone: 3 rows are twice in it" in out
+    assert err.splitlines() == ["cannot run here: mood: needs a GPU", "warning: MLflow is away"]
+    assert shown.updates == [Update("tone", "TRAINING", 2, 4)]
+
+
+def test_the_log_of_a_task_has_its_events_and_its_workers_log_and_no_others(tmp_path, capsys):
+    submissions = Submissions(tmp_path)
+    submission = submissions.create(Order((), OrchestratorConfig(workspace=tmp_path)))
+    submission.set_state(SubmissionStatus.DONE, "CLEAR")
+    groups = [{"group_id": "aa", "members": ["mood", "tone"]}, {"group_id": "bb", "members": ["other"]}]
+    submission.worker_log("aa").write_text("out of memory, going on\n")
+    submission.worker_log("bb").write_text("not this one\n")
+    events = [
+        {"time": 0.0, "plan": {"plan": {"groups": groups}}},
+        {"time": 1.0, "task": "mood", "status": "TRAINING", "step": 8, "num_steps": 9, "metrics": {"train/loss": 0.5}},
+        {"time": 2.0, "task": "other", "status": "FAILED"},
+        {"time": 3.0, "warning": "MLflow is away"},
+        {"time": 4.0, "task": "mood", "status": "PROMOTED", "message": "first version"},
+    ]
+    print_log(submission, "mood", events)
+    out = capsys.readouterr().out
+    lines = [line.partition(" ")[2].partition(" ")[2] for line in out.splitlines()[1:4]]
+    assert out.startswith("submission-1 DONE\n")
+    assert lines == ["mood: TRAINING step 8/9 train/loss=0.5", "warning: MLflow is away", "mood: PROMOTED  first version"]
+    assert out.endswith("worker-aa.log\nout of memory, going on\n")
+
+
+def test_status_says_what_runs_and_since_when(capsys):
+    running = ("submission-7", State(SubmissionStatus.RUNNING, "", 0.0))
+    print_status([TaskStatus("mood", 3, 4, "PROMOTED", "better")], [running], None)
+    out = capsys.readouterr().out
+    assert re.search(r"mood +v3 +4 +PROMOTED +better", out)
+    assert re.search(r"submission-7: RUNNING since 19\d\d-\d\d-\d\d \d\d:\d\d:\d\d", out)
+    assert "endpoint: not running" in out
