@@ -49,7 +49,9 @@ class LocalRunner:
         return f"{child.pid} {psutil.Process(child.pid).create_time()}"
 
     def is_alive(self, job: str) -> bool:
-        """Whether this very process lives."""
+        """Whether this very process lives; a driver inside another program has no job."""
+        if not job:
+            return False
         pid, created = job.split()
         return background.is_running(int(pid), float(created))
 
@@ -88,7 +90,9 @@ class Follower:
             return
         self._looked_at = time.monotonic()
         submission = self._submission
-        if self._runner.is_alive(submission.job) or submission.state.status is not SubmissionStatus.STARTING:
+        # Without a job somebody is about to start it; state tells when that takes too long.
+        is_alive = not submission.job or self._runner.is_alive(submission.job)
+        if is_alive or submission.state.status is not SubmissionStatus.STARTING:
             return
         end = background.tail(submission.log_file) if submission.log_file.is_file() else ""
         submission.set_state(SubmissionStatus.FAILED, "its driver ended while starting")

@@ -55,7 +55,7 @@ class Training:
         by_key = {work.prepared.run_key: work for work in works}
         by_task = {work.task: work for work in works}
         mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
-        waiting, running = list(groups), list[RunningGroup]()
+        waiting, running, claimed = list(groups), list[RunningGroup](), list[TrainingGroup]()
         asked: dict[str, float] = {}
         while True:
             wished = [task for task in wishes() if task in by_task and task not in asked]
@@ -68,9 +68,12 @@ class Training:
             overdue = {task for task, since in asked.items() if time.monotonic() - since > STOP_TIMEOUT_S}
             if not waiting and all(overdue >= set(group.members) for group in busy):
                 break
-            for group in next_groups(waiting, busy):
-                waiting.remove(group)
-                running.append(self._start_group(group, by_task, mailbox, log_of(group.group_id)))
+            if waiting or busy != claimed:
+                started_now = next_groups(waiting, busy)
+                for group in started_now:
+                    waiting.remove(group)
+                    running.append(self._start_group(group, by_task, mailbox, log_of(group.group_id)))
+                claimed = [*busy, *started_now]
             self.handle(ray.get(mailbox.take.remote()), by_key)
             time.sleep(POLL_S)
         next_groups((), ())

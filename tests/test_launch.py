@@ -132,6 +132,22 @@ def test_a_submission_whose_driver_never_came_is_cancelled_at_once(submissions, 
     assert submission.state.status is SubmissionStatus.CANCELLED
 
 
+def test_a_submission_inside_another_program_is_cancelled_and_followed_too(submissions, tmp_path):  # noqa: F811
+    submission, runner = submissions.create(order_of(tmp_path, "a")), launch.LocalRunner()
+    driver = ThreadRunner(obedient)
+    driver.start(submission)  # and no job is written
+    assert launch.cancel(submissions, "submission-1", runner) == "submission-1: CANCELLED"
+    assert list(launch.Follower(submission, runner)) == []
+
+
+def test_a_submission_that_somebody_is_about_to_start_is_waited_for(submissions, tmp_path):  # noqa: F811
+    submission = submissions.create(order_of(tmp_path, "a"))
+    late = ThreadRunner(lambda driven: driven.set_state(SubmissionStatus.DONE))
+    threading.Timer(0.5, lambda: late.start(submission)).start()
+    assert list(launch.Follower(submission, launch.LocalRunner())) == []
+    assert submission.state.status is SubmissionStatus.DONE
+
+
 def test_a_local_driver_lives_apart_and_is_killed_with_its_children(submissions, tmp_path, monkeypatch):  # noqa: F811
     """The real process, with a driver that sleeps in the place of the real one."""
     submission = submissions.create(order_of(tmp_path, "a"))
