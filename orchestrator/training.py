@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.cluster import RunningGroup
 from orchestrator.config import OrchestratorConfig
@@ -54,7 +55,9 @@ class Training:
         """
         by_key = {work.prepared.run_key: work for work in works}
         by_task = {work.task: work for work in works}
-        mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
+        # Beside the driver: on any other node it would be lost with it.
+        beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox: Any = Mailbox.options(scheduling_strategy=beside).remote()  # type: ignore[attr-defined]
         waiting, running, claimed = list(groups), list[RunningGroup](), list[TrainingGroup]()
         asked: dict[str, float] = {}
         while True:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import yaml
@@ -13,7 +14,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 from tiny_bases import build_t5
 
-from e2e.conftest import CommandLine, wait_for, write_spec
+from e2e.conftest import CommandLine, kill_all, wait_for, write_spec
 from e2e.test_survival import adapter_of, animal_rows, same_weights, saved_steps
 
 pytestmark = pytest.mark.e2e
@@ -65,11 +66,21 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     ray.init(address=cluster.address, log_to_driver=False)
     detached = on_cluster.json("submit", wanted, "--detach")
     assert detached == {"submission": "submission-1", "tasks": ["animals"]}
+    submission = cli.workspace / "submissions" / "submission-1"
     wait_for(_holding, 120)
     assert "CANCELLED" in on_cluster.run("cancel", "animals")
     wait_for(lambda: not _holding(), 30)
     assert ray.available_resources()["GPU"] == 2.0
     assert [row["status"] for row in on_cluster.json("status")["tasks"]] == ["CANCELLED"]
+
+    # kill -9 of the job's driver while its worker starts: Ray ends what it held.
+    on_cluster.json("submit", "--resume", "--detach")
+    wait_for(_holding, 120)
+    drivers = [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[-2:] == ["drive", str(submission)]]
+    kill_all(drivers)
+    assert len(drivers) == 1
+    wait_for(lambda: not _holding(), 60)
+    assert [row["status"] for row in on_cluster.json("status")["submissions"]] == ["LOST"]
 
     report = on_cluster.json("submit", "--resume")
     assert [task["decision"] for task in report["tasks"]] == ["promoted"]
