@@ -16,6 +16,7 @@ from tiny_bases import build_t5
 
 from e2e.conftest import CommandLine, kill_all, wait_for, write_spec
 from e2e.test_survival import adapter_of, animal_rows, same_weights, saved_steps
+from orchestrator.submissions import Submissions
 
 pytestmark = pytest.mark.e2e
 LABELS = {"bird": None, "fish": None}
@@ -111,7 +112,7 @@ def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli
     submits = [on_cluster.start("submit", *specs[first : first + 3], *options) for first in (0, 3)]
     checkpoints = cli.workspace / "checkpoints"
     wait_for(lambda: len(list(checkpoints.glob("*.safetensors"))) == 6 and saved_steps(checkpoints) > 30, 300)
-    assert [row["status"] for row in on_cluster.json("status")["submissions"]] == ["RUNNING", "RUNNING"]
+    assert [str(state.status) for _, state in Submissions(cli.workspace).open()] == ["RUNNING", "RUNNING"]
     cluster.remove_node(nodes[1], allow_graceful=False)
     for process in submits:
         out, err = process.communicate(timeout=600)
