@@ -96,7 +96,7 @@ def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli
     build_t5(tmp_path / "t5")
     specs = []
     for seed in range(6):
-        train = {"epochs": 20, "learning_rate": 0.01, "batch_size": 8, "seed": seed}
+        train = {"epochs": 30, "learning_rate": 0.01, "batch_size": 8, "seed": seed}
         specs.append(write_spec(tmp_path, f"animals-{seed}", animal_rows(120), "./t5", LABELS, **train))
         specs[-1].write_text(specs[-1].read_text(encoding="utf-8") + "resources: {cpus: 1}\n", encoding="utf-8")
     # Undisturbed, on this machine: adapters one after another on one core each, as every group has it on the cluster.
@@ -111,7 +111,8 @@ def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli
     options = ("--json", "--checkpoint-every", "0.2")
     submits = [on_cluster.start("submit", *specs[first : first + 3], *options) for first in (0, 3)]
     checkpoints = cli.workspace / "checkpoints"
-    wait_for(lambda: len(list(checkpoints.glob("*.safetensors"))) == 6 and saved_steps(checkpoints) > 30, 300)
+    # Not all six: the first may have ended when the last one starts.
+    wait_for(lambda: len(list(checkpoints.glob("*.safetensors"))) >= 3 and saved_steps(checkpoints) > 30, 300)
     assert [str(state.status) for _, state in Submissions(cli.workspace).open()] == ["RUNNING", "RUNNING"]
     cluster.remove_node(nodes[1], allow_graceful=False)
     for process in submits:
