@@ -1,7 +1,6 @@
 """The only file that knows MLflow: runs, metrics, adapter versions, aliases, downloads.
 
-One writer: the controller. Replicas only read. A run is found again by its run key, a version by its run, so that every
-write can be repeated, after a crash or while MLflow is away, without making a second one.
+One writer: the controller. A run is found again by its run key, a version by its run, so every write can be repeated.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import filelock
 import mlflow
 import requests
 import tenacity
@@ -97,19 +97,16 @@ class Registry:
         on_away: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Connect, or raise RegistryError. `artifact_root` is where files go when the store is a database without a server.
-
         Where MLflow is away every call is repeated for `patience_s`; `on_away` hears of each failure, and may raise.
         """
-        self.tracking_uri = tracking_uri
+        self.tracking_uri, self._artifact_root = tracking_uri, artifact_root
         self._retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RegistryAwayError),
             wait=tenacity.wait_exponential(max=MAX_WAIT_S),
             stop=tenacity.stop_after_delay(patience_s),
             before_sleep=lambda state: on_away(str(state.outcome and state.outcome.exception())),
-            reraise=True,
-        )
-        self._artifact_root = artifact_root
-        with _named_errors(tracking_uri):
+            reraise=True)  # fmt: skip
+        with _named_errors(tracking_uri), _alone(tracking_uri):
             self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
     @patiently
@@ -183,8 +180,7 @@ class Registry:
                 metadata={"digest": digest},
             )
         self._ensure_model(run.task, description)
-        # A server takes a `models:/` source only together with the model's id.
-        all_tags = {TAG_OWNER: "1", "digest": digest, **tags}
+        all_tags = {TAG_OWNER: "1", "digest": digest, **tags}  # a server takes a `models:/` source only with the model's id
         version = self._client.create_model_version(
             run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id
         )
@@ -270,16 +266,14 @@ class Registry:
     def _download_whole(self, version: AdapterVersion, target: Path) -> None:
         """Fetch a version into `target`, which appears whole or not at all."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        # `models:/` addresses would be looked up in the process-wide registry, which may be another one.
+        # `models:/` would be looked up in the process-wide registry, which may be another one.
         address = self._client.get_model_version_download_uri(version.task, str(version.version))
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
-            # Not `parent` itself, which only its owner may read.
-            inside = str(Path(parent) / "model")
+            inside = str(Path(parent) / "model")  # `parent` itself only its owner may read
             staging = Path(mlflow.artifacts.download_artifacts(address, dst_path=inside, tracking_uri=self.tracking_uri))
             try:
                 staging.replace(target)
-            except OSError:
-                # Another process was faster; its folder holds the same version.
+            except OSError:  # another process was faster; its folder holds the same version
                 if not target.is_dir():
                     raise
 
@@ -327,6 +321,14 @@ def _process_default(tracking_uri: str) -> Iterator[None]:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         if before is not None:
             os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@contextmanager
+def _alone(tracking_uri: str) -> Iterator[None]:
+    """Open a database file alone: processes that create its tables at once break it."""
+    is_file = tracking_uri.startswith("sqlite:///")
+    with filelock.FileLock(f"{tracking_uri[10:]}.lock", timeout=120) if is_file else nullcontext():
+        yield
 
 
 @contextmanager

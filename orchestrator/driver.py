@@ -101,8 +101,6 @@ class Driver:
                 others = self._submissions.in_the_way(self._submission, is_shared=bool(self._config.ray_address))
                 if not others:
                     self._submission.set_state(SubmissionStatus.RUNNING)
-                    if not self._config.tracking_uri:
-                        self._registry.initialise()  # several processes that open a new file at once break it
                     return
                 reason = f"waits for {', '.join(other.id for other in others)}"
                 if reason != said:
