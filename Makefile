@@ -21,14 +21,15 @@ demo: $(READY)
 # Two processes share the unit tests; an end-to-end test wants the machine for itself.
 test: $(READY)
 	$(UNIT) -m "not e2e"
-	$(BIN)/python -m pytest -m e2e
+	$(BIN)/python -m pytest -m "e2e and not long"
 
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"
 
-# Kills something at random moments, once per seed: `make chaos SEEDS=50`.
+# A node dies; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
 SEEDS ?= 20
 chaos: $(READY)
+	$(BIN)/python -m pytest -m long
 	CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 check: $(READY)

@@ -91,6 +91,7 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     assert not _holding()
 
 
+@pytest.mark.long
 def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(3)]
     build_t5(tmp_path / "t5")
