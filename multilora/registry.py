@@ -111,7 +111,7 @@ class Registry:
 
     @patiently
     def initialise(self) -> None:
-        """Create or migrate the store. Called once, by the controller, before any worker: processes race otherwise."""
+        """Reach the store, or say that it is away."""
         self._client.search_experiments(max_results=1)
 
     def find_run(self, task: str, run_key: str) -> RunRecord | None:

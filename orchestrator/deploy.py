@@ -23,7 +23,7 @@ def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas:
     check_host(host)
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "1"
     settings = ServeConfig(tracking_uri=config.registry_uri, downloads_dir=config.downloads_dir / "serve")
-    # Several replicas opening a new store at once would break it.
+    # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()
     is_over = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
