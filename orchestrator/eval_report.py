@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ class Graded:
     probability: float | None
     """Of the answer; None for a free text."""
     scores: tuple[float, ...]
+    is_truncated: bool = False
+    """Whether the input was cut to fit max_length."""
 
     @property
     def is_right(self) -> bool:
@@ -46,6 +48,10 @@ class EvalReport:
     answers: tuple[Graded, ...]
     temperature: float = 1.0
     """What the probabilities were computed with."""
+    scorer_version: int = 0
+    """Of the code that scored labels; answers of different versions are not compared. 0: nothing was scored."""
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of everything that decides the answers, by part (multilora/fingerprint.py); empty for a baseline without a model."""
 
     @property
     def correct(self) -> list[bool]:

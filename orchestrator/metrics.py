@@ -33,16 +33,22 @@ def macro_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
 
 def token_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
     """Mean F1 of the words that gold text and answer share. Source: SQuAD (arXiv 1606.05250) section 6.1."""
-    return sum(_word_f1(_normalised(g).split(), _normalised(a).split()) for g, a in zip(gold, answers, strict=True)) / len(gold)
+    return sum(text_f1(g, a) for g, a in zip(gold, answers, strict=True)) / len(gold)
 
 
-def _word_f1(gold: Sequence[str], answer: Sequence[str]) -> float:
-    num_shared = sum((Counter(gold) & Counter(answer)).values())
-    return 2 * num_shared / (len(gold) + len(answer))
+def text_f1(gold: str, answer: str) -> float:
+    """F1 of the words that one gold text and its answer share."""
+    gold_words, words = _normalised(gold).split(), _normalised(answer).split()
+    num_shared = sum((Counter(gold_words) & Counter(words)).values())
+    return 2 * num_shared / (len(gold_words) + len(words))
 
 
 def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
+METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "token_f1": token_f1,
+}

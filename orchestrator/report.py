@@ -10,7 +10,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.judge import ALPHA, Verdict, VerdictKind, wilson
+from orchestrator.judge import ALPHA_TASKS, Outcome, Verdict, VerdictKind
+from orchestrator.paired import wilson
 from orchestrator.report_page import percent
 
 if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
@@ -55,15 +56,18 @@ class TaskOutcome:
     baselines: tuple[EvalReport, ...] = ()
     """zero-shot, majority and tf-idf on the same gate examples."""
     error: str = ""
-
-
-class Outcome(StrEnum):
-    """What a whole submission came to, worst first; the worst task decides."""
-
-    ERROR = "ERROR"
-    BLOCK = "BLOCK"
-    HOLD = "HOLD"
-    CLEAR = "CLEAR"
+    policy: str = "balanced"
+    """gate.policy."""
+    changed: tuple[str, ...] = ()
+    """Parts of the serving fingerprint that differ between reference and candidate."""
+    num_consults: int = 0
+    """How often candidates were judged on this gate split, this time included."""
+    best_ever: float | None = None
+    """Best value that the task ever had on these gate examples, this time included."""
+    contamination: tuple[str, ...] = ()
+    """Sentences about training examples that are (nearly) gate examples of some task."""
+    run_id: str = ""
+    """MLflow run of the candidate's training."""
 
 
 class Decision(StrEnum):
@@ -106,7 +110,7 @@ def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapp
         "next_step": _NEXT_STEP[outcome],
         "created": created.isoformat(timespec="seconds"),
         "facts": dict(facts),
-        "alpha": ALPHA,
+        "alpha": ALPHA_TASKS,
         "axis": _axis(tasks),
         "tasks": tasks,
     }
