@@ -72,6 +72,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "downloads"
 
     @property
+    def gates_dir(self) -> Path:
+        """Gate splits that champions were judged on, one file per fingerprint."""
+        return self.workspace / "gates"
+
+    @property
     def pace_file(self) -> Path:
         """How fast earlier submissions trained."""
         return self.workspace / "pace.json"

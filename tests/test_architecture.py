@@ -12,7 +12,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate registry",
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
-    "orchestrator": "config metrics calibration batching schedule dataset cluster_size room plan prepare state paired "
+    "orchestrator": "config metrics calibration batching schedule dataset gates cluster_size room plan prepare state paired "
     "eval_report judge history group_task pace adapter_run ranks group_batch gradient_checkpointing frozen_prefix "
     "micro_batches trainer worker evaluate report_page report submissions turns session entry cluster background launch "
     "jobs services status deploy work mailbox controller curves training evaluation driver doctor api progress tables "
