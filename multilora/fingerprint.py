@@ -27,10 +27,10 @@ def fingerprint_of(artifact: AdapterArtifact) -> dict[str, str]:
 
 def zero_shot_fingerprint(card: TaskCard) -> dict[str, str]:
     """Name what decides the base's own answers to a task."""
-    libraries = ("torch", "transformers", *(("bitsandbytes",) if card.base.quantization else ()))
+    libraries = ("torch", "transformers", *(("bitsandbytes",) if card.base.quantization != "none" else ()))
     return {
         "base": card.base_fingerprint[:16],
-        "dtype": f"{card.base.dtype} {card.base.quantization or ''}".strip(),
+        "dtype": f"{card.base.dtype}, quantization {card.base.quantization}",
         "prompt": _hash([card.instruction, card.text_column]),
         "labels": _hash([card.labels, card.label_score]),
         "max_length": str(card.max_length_tokens),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from multilora.errors import DataError
 from orchestrator.dataset import Example, gate_fingerprint_of
+from orchestrator.files import write_whole
 
 
 def store_gate(folder: Path, fingerprint: str, examples: Sequence[Example]) -> None:
@@ -18,10 +17,7 @@ def store_gate(folder: Path, fingerprint: str, examples: Sequence[Example]) -> N
     file = _file_of(folder, fingerprint)
     if file.is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{fingerprint}.{os.getpid()}.{threading.get_ident()}"
-    staging.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), encoding="utf-8")
-    staging.replace(file)
+    write_whole(file, "".join(json.dumps(asdict(example)) + "\n" for example in examples).encode())
 
 
 def load_gate(folder: Path, fingerprint: str) -> tuple[Example, ...] | None:

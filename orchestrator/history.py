@@ -7,7 +7,6 @@ that was not measured is never a zero: its cell says so.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
+
+from orchestrator.files import write_whole
 
 
 class CellState(StrEnum):
@@ -93,10 +94,7 @@ class Metric:
 
 def append_event(folder: Path, event: PromotionEvent) -> None:
     """Write an event, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{event.id}.{os.getpid()}.tmp"
-    staging.write_bytes(EVENT.dump_json(event))
-    staging.replace(folder / f"{event.id}.json")
+    write_whole(folder / f"{event.id}.json", EVENT.dump_json(event))
 
 
 def read_events(folder: Path) -> list[PromotionEvent]:

@@ -17,7 +17,7 @@ from orchestrator.report_page import percent
 if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
     from orchestrator.eval_report import EvalReport
 
-State = Literal["judged", "unchanged", "verified", "failed"]
+State = Literal["judged", "unchanged", "verified", "rechecked", "failed"]
 
 MAX_FLIPS = 50
 """Flips shown per task."""
