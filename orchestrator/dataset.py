@@ -16,8 +16,8 @@ import datasets
 
 from multilora.errors import DataError, Problem
 from multilora.spec import LOCAL_SUFFIXES, HubSource, TaskSpec
+from orchestrator.power import GATE_MOST, GATE_SHARE
 
-GATE_SHARE, GATE_MOST = 0.4, 1000
 SELECT_SHARE, SELECT_MOST = 0.1, 200
 NUM_SHOWN = 3
 

@@ -15,8 +15,6 @@ from multilora.spec import GateSpec
 from orchestrator.eval_report import EvalReport
 from orchestrator.metrics import text_f1
 from orchestrator.paired import (
-    detectable_drop,
-    examples_needed,
     f1_difference,
     holm,
     mcnemar_midp,
@@ -25,9 +23,10 @@ from orchestrator.paired import (
     tango_interval,
     tango_p,
 )
+from orchestrator.power import ALPHA_MARGIN, detectable_drop, examples_needed
 
-ALPHA_TASKS, ALPHA_POOLED, ALPHA_MARGIN = 0.03, 0.02, 0.05
-"""For "some task is worse" (Holm), for "all tasks together are worse", and for "not worse by the margin"."""
+ALPHA_TASKS, ALPHA_POOLED = 0.03, 0.02
+"""For "some task is worse" (Holm), and for "all tasks together are worse"; together they block a harmless release in 5 %."""
 ALPHA_HARD = 0.01
 """A hard drop is believed at this p, or at ALPHA_POOLED over the number of changed tasks where that is less."""
 MIN_CLASS_EXAMPLES = 10

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.stats import binom, binomtest, norm
 
 NUM_RESAMPLES = 10_000
-Z_POWER = float(norm.ppf(0.8))
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """From counts of examples (R resamples x K kinds of examples) to R values of a metric's difference."""
 
@@ -71,20 +70,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         floor = max(floor, min((len(p_values) - rank) * p_values[name], 1.0))
         adjusted[name] = floor
     return adjusted
-
-
-def examples_needed(flip_rate: float, margin: float, alpha: float) -> int:
-    """Examples that prove an unchanged task not worse, with 80 % power: (z_alpha + z_power)^2 x flip rate / margin^2."""
-    return math.ceil((float(norm.ppf(1 - alpha)) + Z_POWER) ** 2 * flip_rate / margin**2)
-
-
-def detectable_drop(flip_rate: float, num_examples: int, alpha: float) -> float:
-    """Smallest true drop of accuracy that is found with 80 % power, where `flip_rate` of the answers flip without any.
-
-    A drop d adds d to the flips, so d solves d = (z_alpha + z_power) x sqrt((flip rate + d) / n).
-    """
-    half = (float(norm.ppf(1 - alpha)) + Z_POWER) ** 2 / num_examples / 2
-    return min(half + math.sqrt(half**2 + 2 * half * flip_rate), 1.0)
 
 
 def fewest_losses(alpha: float) -> int:
