@@ -19,10 +19,11 @@ from multilora.errors import MultiLoraError
 from multilora.fingerprint import changed_parts, digest_of
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import spec_hash
+from orchestrator.comparison import Evidence
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import load_reports
 from orchestrator.files import write_whole
-from orchestrator.judge import Evidence, Verdict
+from orchestrator.judge import Verdict
 from orchestrator.prepare import PreparedTask, git_sha
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, Update, advance, next_action

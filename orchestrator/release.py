@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from multilora.fingerprint import changed_parts, digest_of
 from multilora.registry import AdapterVersion, Registry
 from multilora.spec import GateSpec
+from orchestrator.comparison import Evidence
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
 from orchestrator.eval_report import EvalReport, load_reports
@@ -25,7 +26,7 @@ from orchestrator.history import (
     num_consults,
     read_events,
 )
-from orchestrator.judge import Evidence, Release, judge
+from orchestrator.judge import Release, judge
 from orchestrator.report import State, TaskOutcome, build_report
 from orchestrator.report_page import write_report
 from orchestrator.submissions import SubmitResult, TaskResult

@@ -22,13 +22,12 @@ FLOORS = {  # lowest first; a new module gets its place here
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrator.evaluate": ("serve.engine",)}
 LIGHT = """multilora.errors multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments
-    multilora.base_files serve.config serve.schema serve.router serve.slots serve.batcher
-    orchestrator.config orchestrator.dataset orchestrator.cluster_size orchestrator.plan orchestrator.group_task
-    orchestrator.eval_report
+    multilora.base_files serve.config serve.schema serve.router serve.slots serve.batcher orchestrator.config
+    orchestrator.dataset orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report
     orchestrator.prepare orchestrator.report_page orchestrator.services orchestrator.state orchestrator.submissions
-    orchestrator.comparison orchestrator.judge orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
-    orchestrator.batching orchestrator.schedule
-    orchestrator.launch orchestrator.turns orchestrator.progress orchestrator.tables orchestrator.cli"""
+    orchestrator.comparison orchestrator.judge orchestrator.power orchestrator.paired orchestrator.history
+    orchestrator.metrics orchestrator.calibration orchestrator.batching orchestrator.schedule orchestrator.launch
+    orchestrator.turns orchestrator.progress orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
