@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 def is_right(gold: str, answer: str) -> bool:
     """Whether an answer is the gold one."""
-    return _normalised(gold) == _normalised(answer)
+    return gold == answer or _normalised(gold) == _normalised(answer)
 
 
 def accuracy(gold: Sequence[str], answers: Sequence[str]) -> float:

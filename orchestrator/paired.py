@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, norm
 
 NUM_RESAMPLES = 10_000
 Z_POWER = float(norm.ppf(0.8))
@@ -94,8 +94,11 @@ def fewest_losses(alpha: float) -> int:
 
 def wilson(num_correct: int, num_examples: int) -> tuple[float, float]:
     """95 % Wilson interval of an accuracy."""
-    found = binomtest(num_correct, num_examples).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    share, z = num_correct / num_examples, float(norm.ppf(0.975))
+    scale = 1 + z**2 / num_examples
+    middle = (share + z**2 / num_examples / 2) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / num_examples + (z / num_examples / 2) ** 2)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @dataclass(frozen=True)
