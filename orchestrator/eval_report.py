@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import softmax
 
 from orchestrator.calibration import expected_calibration_error
@@ -30,7 +32,7 @@ class Graded:
     is_truncated: bool = False
     """Whether the input was cut to fit max_length."""
 
-    @property
+    @cached_property
     def is_right(self) -> bool:
         """Whether the answer is the gold one."""
         return is_right(self.gold, self.answer)
@@ -66,13 +68,26 @@ class EvalReport:
     @property
     def calibration_errors(self) -> dict[str, float]:
         """Expected calibration error with the temperature (`ece`) and without; empty for a system without scores."""
-        if not all(graded.scores for graded in self.answers):
+        if self._scores is None:
             return {}
         temperatures = {"ece": self.temperature, "ece_uncalibrated": 1.0}
         return {
-            name: expected_calibration_error([_confidence(g.scores, temperature) for g in self.answers], self.correct)
+            name: expected_calibration_error(self.confidences(temperature), self.correct)
             for name, temperature in temperatures.items()
         }
+
+    def confidences(self, temperature: float) -> NDArray[np.float64]:
+        """Probability of the best label per example, at a temperature; empty for a system without scores."""
+        if self._scores is None:
+            return np.empty(0)
+        best: NDArray[np.float64] = softmax(self._scores / temperature, axis=1).max(axis=1)
+        return best
+
+    @cached_property
+    def _scores(self) -> NDArray[np.float64] | None:
+        """Examples x labels."""
+        is_scored = bool(self.answers) and all(graded.scores for graded in self.answers)
+        return np.array([graded.scores for graded in self.answers]) if is_scored else None
 
     @property
     def token_f1(self) -> float | None:
@@ -127,8 +142,3 @@ class EvalOutcome:
 
     reports: dict[tuple[str, str], EvalReport]
     errors: dict[str, str]
-
-
-def _confidence(scores: Sequence[float], temperature: float) -> float:
-    """Probability of the best answer."""
-    return float(softmax(np.divide(scores, temperature)).max())
