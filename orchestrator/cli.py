@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_endpoint import endpoint_app
+from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
 from orchestrator.cli_submit import submit_app
 
@@ -27,6 +28,7 @@ app = typer.Typer(
     "Start with: orchestrator submit tasks/*.yaml",
 )
 app.add_typer(submit_app)
+app.add_typer(evidence_app)
 app.add_typer(endpoint_app)
 WATCH_EVERY_S = 2.0
 

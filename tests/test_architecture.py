@@ -14,16 +14,19 @@ FLOORS = {  # lowest first; a new module gets its place here
     "serve": "config schema router slots batcher engine pyfunc_model replica app",
     "orchestrator": "config metrics calibration batching schedule dataset gates cluster_size room plan prepare state judge "
     "group_task pace adapter_run ranks group_batch gradient_checkpointing frozen_prefix micro_batches trainer worker "
-    "eval_report evaluate report_page report submissions turns session entry cluster background launch jobs services "
-    "status deploy work mailbox controller curves training evaluation driver doctor api progress tables cli_options "
-    "cli_submit cli_endpoint cli __main__",
+    "eval_report cross rungs evaluate cross_evaluate ladder report_page report submissions turns session entry cluster "
+    "background launch jobs services status deploy work mailbox controller curves training evaluation driver evidence "
+    "doctor api progress tables cli_options cli_submit cli_evidence cli_endpoint cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
-FROM_SERVE = {"orchestrator.deploy": ("serve.app", "serve.config"), "orchestrator.evaluate": ("serve.engine",)}
+FROM_SERVE = {
+    "orchestrator.deploy": ("serve.app", "serve.config"),
+    **{f"orchestrator.{name}": ("serve.engine",) for name in ("evaluate", "cross_evaluate", "ladder")},
+}
 LIGHT = """multilora.errors multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments
     multilora.base_files serve.config serve.schema serve.router serve.slots serve.batcher
     orchestrator.config orchestrator.dataset orchestrator.gates orchestrator.cluster_size orchestrator.plan
-    orchestrator.group_task orchestrator.eval_report
+    orchestrator.group_task orchestrator.eval_report orchestrator.cross orchestrator.rungs
     orchestrator.prepare orchestrator.report_page orchestrator.services orchestrator.state orchestrator.submissions
     orchestrator.judge orchestrator.metrics orchestrator.calibration orchestrator.batching orchestrator.schedule
     orchestrator.launch orchestrator.turns orchestrator.progress orchestrator.tables orchestrator.cli"""
