@@ -82,6 +82,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "gates"
 
     @property
+    def cross_file(self) -> Path:
+        """Newest cross-adapter matrix of every base."""
+        return self.workspace / "cross.json"
+
+    @property
     def pace_file(self) -> Path:
         """How fast earlier submissions trained."""
         return self.workspace / "pace.json"

@@ -37,5 +37,16 @@ def load_gate(folder: Path, fingerprint: str) -> tuple[Example, ...] | None:
     return examples
 
 
+def evenly_chosen(gate: Sequence[Example], limit: int | None) -> tuple[Example, ...]:
+    """At most `limit` examples, each label's share kept, in gate order; the same ones every time.
+
+    Every n-th of the examples sorted by label: of a file that alternates between labels, every second row has one label only.
+    """
+    if limit is None or len(gate) <= limit:
+        return tuple(gate)
+    by_label = sorted(range(len(gate)), key=lambda index: gate[index].label)  # a stable sort: gate order within a label
+    return tuple(gate[index] for index in sorted(by_label[number * len(gate) // limit] for number in range(limit)))
+
+
 def _file_of(folder: Path, fingerprint: str) -> Path:
     return folder / f"{fingerprint}.jsonl"

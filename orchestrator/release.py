@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from multilora.fingerprint import changed_parts, digest_of
@@ -13,6 +13,7 @@ from multilora.spec import GateSpec
 from orchestrator.comparison import Evidence
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
+from orchestrator.cross import load_matrices
 from orchestrator.eval_report import EvalReport, load_reports
 from orchestrator.evaluation import Checked
 from orchestrator.history import (
@@ -88,8 +89,10 @@ class ReleaseRecord:
             )
             for outcome in found
         ]
-        report = build_report(outcomes, self._created, {**facts, "who": event.who}, release, events)
+        matrices = [asdict(matrix) for matrix in load_matrices(self._config.cross_file)]
+        report = build_report(outcomes, self._created, facts, release, events, matrices)
         event = replace(event, outcome=report["outcome"], reason=report["sentence"])
+        report["history"]["events"][-1] |= {"outcome": event.outcome, "reason": event.reason}
         folder = self._config.reports_dir / event.id
         page = write_report(report, folder)
         append_event(self._config.history_dir, event)

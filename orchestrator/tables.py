@@ -1,4 +1,4 @@
-"""What the command line prints for people: plan, result and report as tables."""
+"""What the command line prints for people: plan, result, report and evidence as tables."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from orchestrator.cross import BASE
 from orchestrator.progress import Progress, plain_line
 from orchestrator.report_page import SummaryRow, summary_rows
+from orchestrator.report_words import percent, points
 from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
     from orchestrator.aliases import VersionRow
+    from orchestrator.cross import CrossMatrix
     from orchestrator.history import Cell, PromotionEvent
     from orchestrator.plan import Plan
     from orchestrator.room import TrainingGroup
+    from orchestrator.rungs import Ladder
     from orchestrator.status import TaskStatus
 
 
@@ -143,6 +148,38 @@ def print_history(events: Sequence[tuple[PromotionEvent, Cell]], versions: Seque
     for row in versions:
         table.add_row(row.version, row.alias, row.verdict, row.value, row.reasons, row.decision)
     print_rich(table)
+
+
+def print_matrix(matrix: CrossMatrix) -> None:
+    """Print every adapter on every task in percent, each task's own adapter bold, and what follows."""
+    table = table_of(matrix.base, *(f"{task}\n(n = {matrix.num_examples[task]})" for task in matrix.tasks))
+    for row in (BASE, *matrix.adapters):
+        cells = [(matrix.accuracy(row, task), row == matrix.own(task)) for task in matrix.tasks]
+        table.add_row(row, *(Text("-" if cell is None else percent(cell), "bold" if is_own else "") for cell, is_own in cells))
+    found = matrix.summary()
+    table.add_section()
+    table.add_row("best other", *(found["best_other"][task] or "-" for task in matrix.tasks))
+    advantages = [found["own_advantage"][task] for task in matrix.tasks]
+    table.add_row("own minus best other", *("-" if value is None else points(value) for value in advantages))
+    print_rich(table)
+    if found["num_pairs"]:
+        transfer = points(found["forward_transfer"])
+        print(f"forward transfer: {transfer} points against the base, mean of {found['num_pairs']} pairs of adapter and task")
+
+
+def print_ladder(ladder: Ladder) -> None:
+    """Print one rung per row and what follows."""
+    table = table_of("rung", "system", "right", "accuracy", "lost", "won", "changed", "largest difference", "owner")
+    for rung in ladder.rungs:
+        if rung.is_measured:
+            shown = ["" if value is None else str(value) for value in (rung.num_lost, rung.num_won, rung.num_changed)]
+            accuracy = "" if rung.accuracy is None else percent(rung.accuracy)
+            difference = "" if rung.max_difference is None else f"{rung.max_difference:.1e}"
+            table.add_row(rung.name, rung.how, str(rung.num_right), accuracy, *shown, difference, rung.owner)
+        else:
+            table.add_row(rung.name, f"{'FAILED' if rung.is_fault else 'skipped'}: {rung.skipped}", *[""] * 6, rung.owner)
+    print_rich(table)
+    print(f"{ladder.system} on {ladder.num_examples} of {ladder.num_gate} gate examples: {ladder.conclusion}")
 
 
 def table_of(*headings: str) -> Table:

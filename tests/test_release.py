@@ -1,4 +1,4 @@
-"""A release is judged as a whole, whenever its driver is killed; it leaves event, report and metrics; what changed beside it shows."""
+"""A release is judged as a whole, whenever its driver is killed, and leaves event, report and metrics."""
 
 import json
 from dataclasses import replace
