@@ -104,14 +104,17 @@ def compare(evidence: Evidence) -> Comparison:
     pairs = Counter(zip(right, right_before, strict=True))
     found = compare_counts(gate, len(both), pairs[False, True], pairs[True, False], pairs[True, True])
     if gate.metric != "accuracy":
-        found = replace(found, value=candidate.value(gate.metric), before=reference.value(gate.metric))
         if gate.metric == "macro_f1":
+            value, before = candidate.value(gate.metric), reference.value(gate.metric)
             resampled = compare_f1(Counter((new.gold, new.answer, old.answer) for new, old in both), gate.margin)
         else:
-            differences = [text_f1(new.gold, new.answer) - text_f1(old.gold, old.answer) for new, old in both]
-            resampled = compare_means(differences, gate.margin)
+            scores = [(text_f1(new.gold, new.answer), text_f1(old.gold, old.answer)) for new, old in both]
+            value, before = (sum(side) / len(both) for side in zip(*scores, strict=True))
+            resampled = compare_means([new - old for new, old in scores], gate.margin)
         found = replace(
             found,
+            value=value,
+            before=before,
             p_worse=resampled.p_worse,
             p_margin=resampled.p_margin,
             interval=resampled.interval,
