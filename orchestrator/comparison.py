@@ -50,7 +50,7 @@ class Comparison:
     p_margin: float
     interval: tuple[float, float]
     flip_rate: float
-    """Share of flips; of a metric that is no accuracy what takes its place, see Resampled.variance."""
+    """Share of flips, one at least; of a metric that is no accuracy what takes its place, see Resampled.variance."""
     is_same: bool
     """Whether all answers are the same."""
     faults: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ def compare(evidence: Evidence) -> Comparison:
             p_worse=resampled.p_worse,
             p_margin=resampled.p_margin,
             interval=resampled.interval,
-            flip_rate=resampled.variance,
+            flip_rate=max(resampled.variance, 1 / len(both)),
         )
     num_other = sum(new.answer != old.answer for new, old in both)
     faults = _broken_rules(candidate, reference, right, right_before)
@@ -147,7 +147,7 @@ def compare_counts(gate: GateSpec, num_examples: int, num_losses: int, num_wins:
         p_worse=mcnemar_midp(num_losses, num_wins),
         p_margin=tango_p(num_losses, num_wins, num_examples, gate.margin),
         interval=tango_interval(num_losses, num_wins, num_examples),
-        flip_rate=(num_losses + num_wins) / num_examples,
+        flip_rate=max(num_losses + num_wins, 1) / num_examples,
         is_same=num_losses + num_wins == 0,
     )
 

@@ -111,8 +111,6 @@ def decide(comparisons: Mapping[str, Comparison], errors: Mapping[str, str]) -> 
 def _verdict(found: Comparison, p_holm: float | None, num_family: int) -> Verdict:
     kind, reasons = _decide(found, p_holm, max(num_family, 1))
     alpha = ALPHA_TASKS / max(num_family, 1)
-    # As many flips as there are may be none by luck: one is assumed.
-    found = replace(found, flip_rate=max(found.flip_rate, 1 / found.num_examples))
     difference = found.value - found.before
     needed = _examples_needed(found, alpha) if kind is VerdictKind.INCONCLUSIVE else None
     if needed:
