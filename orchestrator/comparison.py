@@ -50,7 +50,7 @@ class Comparison:
     p_margin: float
     interval: tuple[float, float]
     flip_rate: float
-    """Share of flips; of a metric that is no accuracy what takes its place, see Resampled.variance."""
+    """Share of flips, one at least; of a metric that is no accuracy what takes its place, see Resampled.variance."""
     is_same: bool
     """Whether all answers are the same."""
     faults: tuple[str, ...] = ()
@@ -104,18 +104,21 @@ def compare(evidence: Evidence) -> Comparison:
     pairs = Counter(zip(right, right_before, strict=True))
     found = compare_counts(gate, len(both), pairs[False, True], pairs[True, False], pairs[True, True])
     if gate.metric != "accuracy":
-        found = replace(found, value=candidate.value(gate.metric), before=reference.value(gate.metric))
         if gate.metric == "macro_f1":
+            value, before = candidate.value(gate.metric), reference.value(gate.metric)
             resampled = compare_f1(Counter((new.gold, new.answer, old.answer) for new, old in both), gate.margin)
         else:
-            differences = [text_f1(new.gold, new.answer) - text_f1(old.gold, old.answer) for new, old in both]
-            resampled = compare_means(differences, gate.margin)
+            scores = [(text_f1(new.gold, new.answer), text_f1(old.gold, old.answer)) for new, old in both]
+            value, before = (sum(side) / len(both) for side in zip(*scores, strict=True))
+            resampled = compare_means([new - old for new, old in scores], gate.margin)
         found = replace(
             found,
+            value=value,
+            before=before,
             p_worse=resampled.p_worse,
             p_margin=resampled.p_margin,
             interval=resampled.interval,
-            flip_rate=resampled.variance,
+            flip_rate=max(resampled.variance, 1 / len(both)),
         )
     num_other = sum(new.answer != old.answer for new, old in both)
     faults = _broken_rules(candidate, reference, right, right_before)
@@ -144,7 +147,7 @@ def compare_counts(gate: GateSpec, num_examples: int, num_losses: int, num_wins:
         p_worse=mcnemar_midp(num_losses, num_wins),
         p_margin=tango_p(num_losses, num_wins, num_examples, gate.margin),
         interval=tango_interval(num_losses, num_wins, num_examples),
-        flip_rate=(num_losses + num_wins) / num_examples,
+        flip_rate=max(num_losses + num_wins, 1) / num_examples,
         is_same=num_losses + num_wins == 0,
     )
 

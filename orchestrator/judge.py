@@ -112,8 +112,6 @@ def decide(comparisons: Mapping[str, Comparison], errors: Mapping[str, str]) -> 
 def _verdict(found: Comparison, p_holm: float | None, num_family: int) -> Verdict:
     kind, reasons = _decide(found, p_holm, max(num_family, 1))
     alpha = ALPHA_TASKS / max(num_family, 1)
-    # As many flips as there are may be none by luck: one is assumed.
-    found = replace(found, flip_rate=max(found.flip_rate, 1 / found.num_examples))
     difference = found.value - found.before
     needed = _examples_needed(found, alpha) if kind is VerdictKind.INCONCLUSIVE else None
     if needed:
@@ -160,12 +158,12 @@ def _decide(found: Comparison, p_holm: float | None, num_family: int) -> tuple[V
 
 
 def _examples_needed(found: Comparison, alpha: float) -> int:
-    """Were the candidate as good as the champion; where there are as many already, at the drop seen, by the nearer test."""
-    margin, drop = found.gate.margin, max(found.before - found.value, 0.0)
+    """Were the candidate as good as the champion; where there are as many already, at the drop seen, by either test."""
+    margin, drop = found.gate.margin, found.before - found.value
     needed = examples_needed(found.flip_rate, margin, ALPHA_MARGIN)
     if needed <= found.num_examples:
-        is_nearer_worse = drop > margin / 2
-        needed = examples_needed(found.flip_rate, *((drop, alpha) if is_nearer_worse else (margin - drop, ALPHA_MARGIN)))
+        distances = ((margin - drop, ALPHA_MARGIN), (drop, alpha))
+        needed = min(examples_needed(found.flip_rate, distance, level) for distance, level in distances if distance > 0)
     return max(needed, found.num_examples + 1)
 
 

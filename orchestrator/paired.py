@@ -151,17 +151,23 @@ def compare_means(differences: Sequence[float], margin: float) -> Resampled:
 def f1_difference(kinds: Sequence[tuple[str, str, str]]) -> Statistic:
     """Difference of macro-F1 (candidate - reference) from counts of (gold, candidate's answer, reference's answer)."""
     labels = sorted({name for kind in kinds for name in kind})
-    gold, candidate, reference = (np.array([[kind[side] == label for label in labels] for kind in kinds]) for side in range(3))
+    gold, candidate, reference = (
+        np.array([[kind[side] == label for label in labels] for kind in kinds], dtype=float) for side in range(3)
+    )
+    # What each kind adds to a label's right answers and to its gold and given ones, for both systems.
+    summed = np.hstack([2 * gold * candidate, gold + candidate, 2 * gold * reference, gold + reference])
 
-    def macro_f1(counts: NDArray[np.float64], answers: NDArray[np.bool_]) -> NDArray[np.float64]:
-        num_right = counts @ (gold & answers)
-        num_seen = counts @ (gold.astype(float) + answers)
-        scores = np.divide(2 * num_right, num_seen, out=np.zeros_like(num_seen), where=num_seen > 0)
+    def difference(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        right, seen, right_before, seen_before = np.hsplit(counts @ summed, 4)
         # As in metrics.macro_f1, a label that occurs on neither side is not averaged.
-        mean: NDArray[np.float64] = scores.sum(axis=1) / (num_seen > 0).sum(axis=1)
+        found: NDArray[np.float64] = mean_of(right, seen) - mean_of(right_before, seen_before)
+        return found
+
+    def mean_of(right: NDArray[np.float64], seen: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean: NDArray[np.float64] = (right / np.maximum(seen, 1.0)).sum(axis=1) / (seen > 0).sum(axis=1)
         return mean
 
-    return lambda counts: macro_f1(counts, candidate) - macro_f1(counts, reference)
+    return difference
 
 
 def mean_difference(differences: Sequence[float]) -> Statistic:
