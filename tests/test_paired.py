@@ -13,8 +13,6 @@ from orchestrator.metrics import macro_f1
 from orchestrator.paired import (
     compare_f1,
     compare_means,
-    detectable_drop,
-    examples_needed,
     f1_difference,
     fewest_losses,
     holm,
@@ -26,6 +24,7 @@ from orchestrator.paired import (
     tango_z,
     wilson,
 )
+from orchestrator.power import detectable_drop, examples_needed
 
 TABLES = [(0, 0, 50), (0, 1, 10), (1, 0, 10), (3, 1, 60), (1, 3, 60), (12, 5, 100), (40, 38, 345), (10, 0, 10), (0, 10, 10)]
 """(losses b, wins c, examples n)"""
