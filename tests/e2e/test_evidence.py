@@ -68,7 +68,7 @@ def test_every_adapter_on_every_task_and_one_up_to_the_endpoint(cli: CommandLine
         ladder = cli.json("explain", task)
         rungs = {rung["name"]: rung for rung in ladder["rungs"]}
         assert ladder["num_examples"] == num_examples
-        assert rungs["zero-shot base"]["num_right"] != rungs["offline"]["num_right"]
+        assert rungs["offline"]["num_changed"] or rungs["offline"]["max_difference"] > 0.1
         for name in ("engine alone", "mixed batch", "endpoint"):
             assert rungs[name]["num_changed"] == 0
         assert f"0 flips on {num_examples} examples from offline to endpoint" in ladder["conclusion"]
