@@ -163,22 +163,24 @@ def print_matrix(matrix: CrossMatrix) -> None:
     table.add_row("own minus best other", *("-" if value is None else points(value) for value in advantages))
     print_rich(table)
     if found["num_pairs"]:
-        transfer = points(found["forward_transfer"])
-        print(f"forward transfer: {transfer} points against the base, mean of {found['num_pairs']} pairs of adapter and task")
+        pairs = f"{found['num_pairs']} pair{'' if found['num_pairs'] == 1 else 's'} of an adapter and another's task"
+        print(f"forward transfer: {points(found['forward_transfer'])} points against the base, mean of {pairs}")
 
 
 def print_ladder(ladder: Ladder) -> None:
     """Print one rung per row and what follows."""
     table = table_of("rung", "system", "right", "accuracy", "lost", "won", "changed", "largest difference", "owner")
     for rung in ladder.rungs:
-        if rung.is_measured:
-            shown = ["" if value is None else str(value) for value in (rung.num_lost, rung.num_won, rung.num_changed)]
-            accuracy = "" if rung.accuracy is None else percent(rung.accuracy)
-            difference = "" if rung.max_difference is None else f"{rung.max_difference:.1e}"
-            table.add_row(rung.name, rung.how, str(rung.num_right), accuracy, *shown, difference, rung.owner)
-        else:
-            table.add_row(rung.name, f"{'FAILED' if rung.is_fault else 'skipped'}: {rung.skipped}", *[""] * 6, rung.owner)
+        shown = ["" if value is None else str(value) for value in (rung.num_lost, rung.num_won, rung.num_changed)]
+        accuracy = "" if rung.accuracy is None else percent(rung.accuracy)
+        difference = "" if rung.max_difference is None else f"{rung.max_difference:.1e}"
+        how = rung.how if rung.is_measured else "FAILED" if rung.is_fault else "skipped"
+        right = "" if rung.num_right is None else str(rung.num_right)
+        table.add_row(rung.name, how, right, accuracy, *shown, difference, rung.owner)
     print_rich(table)
+    for rung in ladder.rungs:
+        if not rung.is_measured:
+            print(f"{rung.name}: {rung.skipped}")
     print(f"{ladder.system} on {ladder.num_examples} of {ladder.num_gate} gate examples: {ladder.conclusion}")
 
 

@@ -56,10 +56,6 @@ def test_every_adapter_on_every_task_and_one_up_to_the_endpoint(cli: CommandLine
     assert list(found["left_out"]) == ["mail", "shorten"]
     assert "submit the task again with --force" in found["left_out"]["mail"]
     assert [stored.num_right for stored in load_matrices(config.cross_file)] == [matrix["num_right"]]
-    shown = cli.run("cross", "cards", "mood")
-    assert "own minus best other" in shown
-    assert "(n = 24)" in shown
-    assert "left out" not in shown
     assert "nobody has no champion; champions: cards, mail, mood, shorten" in cli.run("cross", "nobody", code=1)
     assert "mail cannot be explained: the gate examples" in cli.run("explain", "mail", code=1)
 
@@ -72,7 +68,7 @@ def test_every_adapter_on_every_task_and_one_up_to_the_endpoint(cli: CommandLine
         ladder = cli.json("explain", task)
         rungs = {rung["name"]: rung for rung in ladder["rungs"]}
         assert ladder["num_examples"] == num_examples
-        assert rungs["zero-shot base"]["num_right"] != rungs["offline"]["num_right"]
+        assert rungs["offline"]["num_changed"] or rungs["offline"]["max_difference"] > 0.1
         for name in ("engine alone", "mixed batch", "endpoint"):
             assert rungs[name]["num_changed"] == 0
         assert f"0 flips on {num_examples} examples from offline to endpoint" in ladder["conclusion"]
