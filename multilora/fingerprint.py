@@ -27,10 +27,11 @@ def fingerprint_of(artifact: AdapterArtifact) -> dict[str, str]:
 
 def zero_shot_fingerprint(card: TaskCard) -> dict[str, str]:
     """Name what decides the base's own answers to a task."""
-    libraries = ("torch", "transformers", *(("bitsandbytes",) if card.base.quantization else ()))
+    is_quantised = card.base.quantization != "none"
+    libraries = ("torch", "transformers", *(("bitsandbytes",) if is_quantised else ()))
     return {
         "base": card.base_fingerprint[:16],
-        "dtype": f"{card.base.dtype} {card.base.quantization or ''}".strip(),
+        "dtype": f"{card.base.dtype} {card.base.quantization}" if is_quantised else card.base.dtype,
         "prompt": _hash([card.instruction, card.text_column]),
         "labels": _hash([card.labels, card.label_score]),
         "max_length": str(card.max_length_tokens),

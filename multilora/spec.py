@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
-RESERVED_NAMES = frozenset({"auto", "base", "latest"})
+RESERVED_NAMES = frozenset({"auto", "base", "latest", "regression-reports"})
 LOCAL_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 OTHER_METHODS = {

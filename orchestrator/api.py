@@ -1,10 +1,10 @@
 """The Python API that the command line is a thin layer over: load, plan, submit, status, latest_report, query.
 
-    from orchestrator.api import load, query, submit
-    result = submit(load(["tasks/client-talk.yaml"]))
-    print(result.outcome, result.report_file)
-    # after `orchestrator serve`:
-    print(query("client-talk", "I have been thinking about cutting down.")["results"][0]["label"])
+from orchestrator.api import load, query, submit
+result = submit(load(["tasks/client-talk.yaml"]))
+print(result.outcome, result.report_file)
+# after `orchestrator serve`:
+print(query("client-talk", "I have been thinking about cutting down.")["results"][0]["label"])
 """
 
 from __future__ import annotations

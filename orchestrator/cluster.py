@@ -192,3 +192,19 @@ def evaluate_on_cluster(
         check_stop()
     outcome: EvalOutcome = ray.get(running)
     return outcome
+
+
+class OverlapSearch:
+    """Looks for training examples in gate splits on some node, while others train."""
+
+    def __init__(self, train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequence[str]]) -> None:
+        """Start it; it takes no place from training."""
+        remote: Any = ray.remote(entry.find_overlaps).options(num_cpus=0, max_retries=2)
+        self._running = remote.remote(train, gate)
+
+    def sentences(self, check_stop: Callable[[], None]) -> dict[str, tuple[str, ...]]:
+        """Wait for what it found, in words by task; `check_stop` is called meanwhile, and may raise."""
+        while not ray.wait([self._running], timeout=0.5)[0]:
+            check_stop()
+        found: dict[str, tuple[str, ...]] = ray.get(self._running)
+        return found

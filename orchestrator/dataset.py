@@ -16,8 +16,8 @@ import datasets
 
 from multilora.errors import DataError, Problem
 from multilora.spec import LOCAL_SUFFIXES, HubSource, TaskSpec
+from orchestrator.power import GATE_MOST, GATE_SHARE
 
-GATE_SHARE, GATE_MOST = 0.4, 1000
 SELECT_SHARE, SELECT_MOST = 0.1, 200
 NUM_SHOWN = 3
 
@@ -47,7 +47,7 @@ class TaskDataset:
     @property
     def gate_fingerprint(self) -> str:
         """sha256 over the gate rows; two evaluations are comparable only where it is equal."""
-        return _fingerprint([self.gate])
+        return gate_fingerprint_of(self.gate)
 
 
 def build_dataset(spec: TaskSpec) -> TaskDataset:
@@ -233,6 +233,11 @@ def _cut_off(
     wanted = exactly if exactly is not None else round(share * len(examples))
     taken = set(sorted(shuffled, key=lambda index: quantile[index])[:wanted])
     return [e for i, e in enumerate(examples) if i in taken], [e for i, e in enumerate(examples) if i not in taken]
+
+
+def gate_fingerprint_of(gate: Sequence[Example]) -> str:
+    """sha256 over ids and labels of gate rows, in order."""
+    return _fingerprint([gate])
 
 
 def _fingerprint(splits: Iterable[Sequence[Example]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,3 +20,11 @@ def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[Eval
     """Run `orchestrator.evaluate.evaluate`."""
     outcome: EvalOutcome = importlib.import_module("orchestrator.evaluate").evaluate(base, items, untouched)
     return outcome
+
+
+def find_overlaps(train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Run `orchestrator.contamination.find_overlaps`; its findings in words, by the task that trains."""
+    sentences: dict[str, tuple[str, ...]] = {}
+    for overlap in importlib.import_module("orchestrator.contamination").find_overlaps(train, gate):
+        sentences[overlap.train_task] = (*sentences.get(overlap.train_task, ()), overlap.sentence)
+    return sentences

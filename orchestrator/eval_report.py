@@ -14,6 +14,7 @@ from scipy.special import softmax
 
 from orchestrator.calibration import expected_calibration_error
 from orchestrator.dataset import Example
+from orchestrator.files import write_whole
 from orchestrator.metrics import METRICS, is_right, token_f1
 
 
@@ -106,19 +107,19 @@ class EvalReport:
 
 
 def store_reports(file: Path, reports: Iterable[EvalReport]) -> None:
-    """Keep every answer of a run's evaluation, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_suffix(".tmp")
-    staging.write_text(json.dumps([report.to_json() for report in reports]), encoding="utf-8")
-    staging.replace(file)
+    """Keep every answer of a run's evaluations, atomically; an evaluation that was made again stands behind the older ones."""
+    texts = dict.fromkeys((*_texts(file), *(report.to_json() for report in reports)))
+    write_whole(file, json.dumps(list(texts)).encode())
 
 
 def load_reports(file: Path) -> dict[str, EvalReport]:
-    """Stored reports by system; empty where there are none."""
-    if not file.is_file():
-        return {}
-    reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+    """The newest stored report of each system; empty where there are none."""
+    reports = [EvalReport.from_json(text) for text in _texts(file)]
     return {report.system: report for report in reports}
+
+
+def _texts(file: Path) -> list[str]:
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ that was not measured is never a zero: its cell says so.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
+
+from orchestrator.files import write_whole
 
 
 class CellState(StrEnum):
@@ -93,10 +94,7 @@ class Metric:
 
 def append_event(folder: Path, event: PromotionEvent) -> None:
     """Write an event, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{event.id}.{os.getpid()}.tmp"
-    staging.write_bytes(EVENT.dump_json(event))
-    staging.replace(folder / f"{event.id}.json")
+    write_whole(folder / f"{event.id}.json", EVENT.dump_json(event))
 
 
 def read_events(folder: Path) -> list[PromotionEvent]:
@@ -144,17 +142,24 @@ def summary(rows: Sequence[Mapping[str, Cell]]) -> list[Metric]:
     With R[e][j] the value of task j after event e, over comparable cells alone: GEM (arXiv 1706.08840) defines backward
     transfer, Chaudhry et al. 2018 (arXiv 1801.10112) forgetting. Both average over the tasks with at least two measurements.
     """
-    found = {task: values for task in (rows[-1] if rows else ()) if (values := values_of(rows, task))}
-    again = {task: values for task, values in found.items() if len(values) > 1}
-    num, num_again = len(found), len(again)
-    last, first = [v[-1] for v in found.values()], [v[0] for v in found.values()]
-    backward = [v[-1] - v[0] for v in again.values()]
-    forgotten = [max(v[:-1]) - v[-1] for v in again.values()]
+    now = {task: cell.value for task, cell in (rows[-1] if rows else {}).items() if cell.value is not None}
+    first, pairs = [], []
+    for task, value in now.items():
+        measured = [row[task] for row in rows if task in row and row[task].state is CellState.MEASURED]
+        values = [cell.value for cell in measured if cell.value is not None] or [value]
+        first.append(values[0])
+        # After a roll-back it is not the newest measurement that answers.
+        earlier = values[:-1] if not measured or measured[-1].version == rows[-1][task].version else values
+        if earlier:
+            pairs.append((earlier, value))
+    num, num_again = len(now), len(pairs)
+    backward = [value - earlier[0] for earlier, value in pairs]
+    forgotten = [max(earlier) - value for earlier, value in pairs]
     return [
-        Metric("average accuracy", _mean(last), f"newest value, mean over {num} tasks"),
+        Metric("average accuracy", _mean(list(now.values())), f"value now, mean over {num} tasks"),
         Metric("learning accuracy", _mean(first), f"first value, mean over {num} tasks"),
-        Metric("backward transfer", _mean(backward), f"newest - first value, mean over {num_again} tasks measured again"),
-        Metric("forgetting", _mean(forgotten), f"best earlier - newest value, mean over {num_again} tasks measured again"),
+        Metric("backward transfer", _mean(backward), f"value now - first value, mean over {num_again} tasks measured again"),
+        Metric("forgetting", _mean(forgotten), f"best earlier value - value now, mean over {num_again} tasks measured again"),
     ]
 
 

@@ -26,7 +26,7 @@ def sentence_of(tasks: Sequence[dict[str, Any]], pooled: Mapping[str, Any] | Non
     sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
     if pooled and pooled["is_drop"]:
         sentence += (
-            f"; the {len(pooled['family'])} changed tasks together got worse "
+            f"; the {len(pooled['tasks'])} changed tasks together got worse "
             f"({pooled['num_losses']} lost, {pooled['num_wins']} won, {p_value(pooled['p'])})"
         )
     behind = [task for task in tasks if task["decision"] in BEHIND]

@@ -18,6 +18,8 @@ from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
+    from orchestrator.aliases import VersionRow
+    from orchestrator.history import Cell, PromotionEvent
     from orchestrator.plan import Plan
     from orchestrator.room import TrainingGroup
     from orchestrator.status import TaskStatus
@@ -127,6 +129,20 @@ def print_report(found: dict[str, Any], html: Path) -> None:
     print_rich(table)
     print(f"{found['outcome']}: {found['sentence']}")
     print(f"report: {html}")
+
+
+def print_history(events: Sequence[tuple[PromotionEvent, Cell]], versions: Sequence[VersionRow]) -> None:
+    """Print what answered after every event, and what became of every version."""
+    table = table_of("when", "event", "by", "outcome", "answers", "metric", "state", "why")
+    for event, cell in events:
+        value = f"{cell.metric} {100 * cell.value:.1f} %" if cell.value is not None else ""
+        when = event.created.replace("T", " ").removesuffix("+00:00")
+        table.add_row(when, event.kind, event.who, event.outcome, cell.version or "nothing", value, cell.state, event.reason)
+    print_rich(table)
+    table = table_of("version", "alias", "verdict", "metric", "why", "decision")
+    for row in versions:
+        table.add_row(row.version, row.alias, row.verdict, row.value, row.reasons, row.decision)
+    print_rich(table)
 
 
 def table_of(*headings: str) -> Table:
