@@ -46,7 +46,7 @@ def expected_calibration_error(confidences: Sequence[float] | NDArray[np.float64
 
     Bin m of M holds the confidences in ((m - 1) / M, m / M]. Source: equation 3 of Guo et al. 2017, after Naeini et al. 2015.
     """
-    surplus = np.subtract(confidences, correct, dtype=float)
+    surplus = [confidence - is_right for confidence, is_right in zip(confidences, correct, strict=True)]
     return float(np.abs(np.bincount(bins_of(confidences), weights=surplus)).sum() / len(surplus))
 
 

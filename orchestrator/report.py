@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -111,7 +111,7 @@ def build_report(
     """
     labels = {outcome.task: _labels_of(outcome) for outcome in outcomes}
     errors = dict(release.errors) if release else {}
-    tasks = [_task(o, release, _elsewhere(labels, o.task), errors.pop(o.task, "")) for o in outcomes]
+    tasks = [_task(o, _elsewhere(labels, o.task), errors.pop(o.task, "")) for o in outcomes]
     tasks.sort(
         key=lambda task: (list(Decision).index(task["decision"]), task["verdict"]["difference"] if task["verdict"] else 0.0)
     )
@@ -119,7 +119,7 @@ def build_report(
     cells = events[-1].cells if events else {}
     for task in tasks:
         task["cell_state"] = str(cells[task["task"]].state) if task["task"] in cells else None
-    pooled = _pooled(release, tasks)
+    pooled = _pooled(release)
     outcome = _outcome(tasks, pooled, is_error=bool(errors))
     report = {
         "schema_version": SCHEMA_VERSION,
@@ -137,14 +137,14 @@ def build_report(
         "axis": _axis(tasks),
         "tasks": tasks,
         "suspects": suspects,
-        "history": history(events),
+        "history": history([*events[:-1], *(replace(event, outcome=outcome) for event in events[-1:])]),
         "cross": [cross(matrix) for matrix in matrices],
         "flips": all_flips,
     }
     return dict(json.loads(json.dumps(report, allow_nan=False)))
 
 
-def _task(outcome: TaskOutcome, release: Release | None, labels_elsewhere: Set[str], release_error: str) -> dict[str, Any]:
+def _task(outcome: TaskOutcome, labels_elsewhere: Set[str], release_error: str) -> dict[str, Any]:
     error = outcome.error or release_error or _problem(outcome)
     candidate, reference, verdict = outcome.candidate_report, outcome.reference_report, outcome.verdict
     if error:
@@ -153,7 +153,7 @@ def _task(outcome: TaskOutcome, release: Release | None, labels_elsewhere: Set[s
         "task": outcome.task,
         "description": outcome.description,
         "state": outcome.state,
-        "decision": _decision(outcome, verdict, error, release),
+        "decision": _decision(outcome, verdict, error),
         "error": error,
         "policy": outcome.policy,
         "metric": outcome.metric,
@@ -214,7 +214,7 @@ def _problem(outcome: TaskOutcome) -> str:
     return ""
 
 
-def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str, release: Release | None) -> Decision:
+def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str) -> Decision:
     if error:
         return Decision.FAILED
     if verdict and outcome.state == "rechecked":
@@ -222,7 +222,7 @@ def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str, release
         return found.get(verdict.kind, Decision.VERIFIED_AGAIN)
     if verdict and not verdict.is_promoted:
         return Decision.REFUSED if verdict.kind is VerdictKind.REGRESSED else Decision.HELD_BACK
-    if verdict and outcome.policy == "advisory" and _would_be_refused(outcome.task, verdict, release):
+    if verdict and outcome.policy == "advisory" and _is_against_advice(verdict):
         return Decision.AGAINST_ADVICE
     if verdict:
         return Decision.UNPROVEN if verdict.kind is VerdictKind.INCONCLUSIVE else Decision.PROMOTED
@@ -232,25 +232,21 @@ def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str, release
     return Decision.REFUSED if outcome.candidate not in (None, outcome.champion) else Decision.UNCHANGED
 
 
-def _would_be_refused(task: str, verdict: Verdict, release: Release | None) -> bool:
+def _is_against_advice(verdict: Verdict) -> bool:
     """Whether a balanced gate would not have promoted it."""
-    is_part_of_drop = bool(release and release.is_pooled_drop and task in release.family)
-    is_below = verdict.kind is VerdictKind.INCONCLUSIVE and verdict.difference < 0
-    return verdict.kind is VerdictKind.REGRESSED or is_below or (is_part_of_drop and verdict.num_losses > verdict.num_wins)
+    return verdict.kind is VerdictKind.REGRESSED or (verdict.kind is VerdictKind.INCONCLUSIVE and verdict.difference < 0)
 
 
-def _pooled(release: Release | None, tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The test of all changed tasks together; `counts` is false where every one of them has an advisory gate."""
+def _pooled(release: Release | None) -> dict[str, Any] | None:
+    """The test of all changed tasks together."""
     if release is None:
         return None
-    advisory = {task["task"] for task in tasks if task["policy"] == "advisory"}
     return {
-        "family": sorted(release.family),
+        "tasks": sorted(release.pooled),
         "num_losses": release.pooled_losses,
         "num_wins": release.pooled_wins,
         "p": release.pooled_p,
         "is_drop": release.is_pooled_drop,
-        "counts": bool(set(release.family) - advisory),
     }
 
 
@@ -258,7 +254,7 @@ def _outcome(tasks: Sequence[dict[str, Any]], pooled: Mapping[str, Any] | None, 
     """The worst of what counts; of a task under an advisory gate only a failure does."""
     counted = [task["decision"] for task in tasks if task["policy"] != "advisory" or task["decision"] == Decision.FAILED]
     found = [_OUTCOME_OF.get(decision, Outcome.CLEAR) for decision in counted]
-    if pooled and pooled["is_drop"] and pooled["counts"]:
+    if pooled and pooled["is_drop"]:
         found.append(Outcome.BLOCK)
     if is_error:
         found.append(Outcome.ERROR)

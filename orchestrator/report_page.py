@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from multilora.errors import RequestError
 from orchestrator.config import OrchestratorConfig
+from orchestrator.files import write_whole
 from orchestrator.report_text import junit, markdown
 from orchestrator.report_words import MARKS, TONES, p_value, percent, points, signed
 
@@ -33,15 +33,14 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
 
     report.json has everything but `flips`, which are lines of flips.jsonl; it comes last, so who finds it finds the others.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     flips = "".join(json.dumps(flip, allow_nan=False) + "\n" for flip in report["flips"])
-    _write(folder / "flips.jsonl", flips.encode())
-    _write(folder / "junit.xml", junit(report))
-    _write(folder / "report.md", _encoded(markdown(report)))
-    page = _write(folder / "report.html", _encoded(_page(report)))
+    write_whole(folder / "flips.jsonl", flips.encode())
+    write_whole(folder / "junit.xml", junit(report))
+    write_whole(folder / "report.md", _encoded(markdown(report)))
+    write_whole(folder / "report.html", _encoded(_page(report)))
     kept = {name: value for name, value in report.items() if name != "flips"}
-    _write(folder / "report.json", json.dumps(kept, allow_nan=False).encode() + b"\n")
-    return page
+    write_whole(folder / "report.json", json.dumps(kept, allow_nan=False).encode() + b"\n")
+    return folder / "report.html"
 
 
 def latest_report(config: OrchestratorConfig) -> tuple[dict[str, Any], Path]:
@@ -83,10 +82,3 @@ def _page(report: dict[str, Any]) -> str:
 def _encoded(text: str) -> bytes:
     """A lone surrogate from a data file must not cost the report."""
     return text.encode("utf-8", errors="replace")
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Write through a temporary neighbour."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_bytes(content)
-    return draft.replace(path)

@@ -9,16 +9,15 @@ from orchestrator.judge import Outcome
 from orchestrator.report_words import Decision, listed, p_value, percent, signed
 
 QUIET = (Decision.PROMOTED, Decision.VERIFIED_AGAIN, Decision.UNCHANGED, Decision.VERIFIED)
-"""Counted first and not named."""
-SPOKEN_ORDER = (*QUIET, *reversed([decision for decision in Decision if decision not in QUIET]))
+"""Counted and not named."""
 BEHIND = (Decision.FAILED, Decision.IN_PRODUCTION, Decision.REFUSED, Decision.HELD_BACK)
 """What still answers is said."""
 
 
 def sentence_of(tasks: Sequence[dict[str, Any]], pooled: Mapping[str, Any] | None, errors: Mapping[str, str]) -> str:
-    """Say in one plain sentence what happened and what answers now; `errors` are of tasks that are not among `tasks`."""
+    """Say in one plain sentence what happened, worst first, and what answers now; `errors` are of tasks not among `tasks`."""
     names: dict[str, list[str]] = {}
-    for task in sorted(tasks, key=lambda task: SPOKEN_ORDER.index(task["decision"])):
+    for task in tasks:
         is_regressed = task["verdict"] and task["decision"] == Decision.REFUSED and not task["is_first_version"]
         word = "regressed" if is_regressed else task["decision"].replace(",", " but")
         names.setdefault(word, []).append(task["task"])
@@ -26,7 +25,7 @@ def sentence_of(tasks: Sequence[dict[str, Any]], pooled: Mapping[str, Any] | Non
     sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
     if pooled and pooled["is_drop"]:
         sentence += (
-            f"; the {len(pooled['family'])} changed tasks together got worse "
+            f"; the {len(pooled['tasks'])} changed tasks together got worse "
             f"({pooled['num_losses']} lost, {pooled['num_wins']} won, {p_value(pooled['p'])})"
         )
     behind = [task for task in tasks if task["decision"] in BEHIND]

@@ -26,11 +26,8 @@ def junit(report: dict[str, Any]) -> bytes:
     for task in report["tasks"]:
         _add_case(suite, task["task"], _CHECKS[task["state"]], *_judgement(task))
     if pooled := report["pooled"]:
-        text = (
-            f"{pooled['num_losses']} lost, {pooled['num_wins']} won, {p_value(pooled['p'])}, over {', '.join(pooled['family'])}"
-        )
-        is_failure = pooled["is_drop"] and pooled["counts"]
-        _add_case(suite, "release", "all changed tasks together", "failure" if is_failure else "", "got worse", text)
+        text = f"{pooled['num_losses']} lost, {pooled['num_wins']} won, {p_value(pooled['p'])}, over {', '.join(pooled['tasks'])}"
+        _add_case(suite, "release", "all changed tasks together", "failure" if pooled["is_drop"] else "", "got worse", text)
     for name, kind in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(name, str(len(list(suite.iter(kind)))))
     root = ElementTree.Element("testsuites", {name: value for name, value in suite.attrib.items() if name != "timestamp"})
