@@ -18,6 +18,7 @@ RATIOS = {
     "memory": ["training_bytes_per_parameter", "serving_size_ratio"],
     "cluster_scale": ["plan_1000_s", "makespan_undisturbed", "makespan_disturbed", "events_per_s_disturbed"],
     "gate_power": ["max_false_block_percent", "max_points_from_notes", "max_naive_false_alarm_percent"],
+    "judge_scale": ["judge_s", "judge_and_report_s"],
 }
 FAST = ("cluster_scale", "gate_power")
 
