@@ -124,6 +124,8 @@ def print_result(result: SubmitResult) -> None:
     else:
         champions = ", ".join(task.champion or f"{task.task}: no champion" for task in result.tasks)
         print(f"Nothing changed, nothing to do. Champions: {champions}")
+        if result.outcome != "CLEAR":
+            print(f"{result.outcome}: what did not pass before does not pass now; why: orchestrator history TASK")
 
 
 def print_report(found: dict[str, Any], html: Path) -> None:
