@@ -61,7 +61,7 @@ def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
     model, loading = _AUTO_CLASS[files.family].from_pretrained(
         files.folder,
         dtype=getattr(torch, spec.dtype),
-        quantization_config=_quantization(spec),
+        quantization_config=quantization_config_of(spec),
         device_map={"": chosen} if spec.quantization != "none" else None,
         use_safetensors=True,
         trust_remote_code=False,
@@ -86,7 +86,8 @@ def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
     return FrozenBase(spec, files, model, tokenizer, chosen)
 
 
-def _quantization(spec: BaseSpec) -> BitsAndBytesConfig | None:
+def quantization_config_of(spec: BaseSpec) -> BitsAndBytesConfig | None:
+    """What transformers is told about a base's quantisation; None without one."""
     if spec.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     if spec.quantization == "4bit":

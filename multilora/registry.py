@@ -1,11 +1,10 @@
-"""The only file that knows MLflow: runs, metrics, adapter versions, aliases, downloads.
+"""MLflow for everybody else: runs, metrics, adapter versions, aliases, downloads, reports.
 
 One writer: the controller. A run is found again by its run key, a version by its run, so every write can be repeated.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import tempfile
@@ -14,48 +13,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import filelock
 import mlflow
-import requests
 import tenacity
-from alembic.util.exc import CommandError
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
-from sqlalchemy.exc import SQLAlchemyError
 
-from multilora.errors import RegistryAwayError, RegistryError
+from multilora.errors import RegistryAwayError
+from multilora.mlflow_errors import named_errors, patiently
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 TAG_OWNER, TAG_STATUS, TAG_RUN_KEY, TAG_REASON = "orchestrator", "status", "run_key", "end_reason"
 TAG_ATTEMPT = "attempt"
 ADAPTER_PATH = "adapter"
+REPORTS = "regression-reports"
+"""Experiment of the cross-task reports; no task can bear this name."""
 MAX_WAIT_S = 30.0  # between two attempts to reach MLflow
-P = ParamSpec("P")
-T = TypeVar("T")
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
 # Its own seven attempts take four silent minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-
-
-def patiently(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
-    """Make a method name its errors, and try again as long as the registry's patience lasts where MLflow is away."""
-
-    @functools.wraps(method)
-    def attempts(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        def attempt() -> T:
-            with _named_errors(self.tracking_uri):
-                return method(self, *args, **kwargs)
-
-        result: T = self._retrying.copy()(attempt)
-        return result
-
-    return attempts
 
 
 @dataclass(frozen=True)
@@ -106,7 +88,7 @@ class Registry:
             stop=tenacity.stop_after_delay(patience_s),
             before_sleep=lambda state: on_away(str(state.outcome and state.outcome.exception())),
             reraise=True)  # fmt: skip
-        with _named_errors(tracking_uri), _alone(tracking_uri):
+        with named_errors(tracking_uri), _alone(tracking_uri):
             self._client = MlflowClient(tracking_uri, registry_uri=tracking_uri)
 
     @patiently
@@ -160,6 +142,18 @@ class Registry:
             self._client.log_text(run_id, text, name)
 
     @patiently
+    def log_report(self, name: str, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Keep a cross-task report as a run of its own, once: the files of `folder`, and numbers to compare over time."""
+        found = self._client.get_experiment_by_name(REPORTS)
+        files = (self._artifact_root / REPORTS).as_uri() if self._artifact_root else None
+        experiment_id = found.experiment_id if found else self._client.create_experiment(REPORTS, files)
+        known = self._client.search_runs([experiment_id], f"tags.report = '{name}'")
+        run = known[0] if known else self._client.create_run(experiment_id, run_name=name, tags={"report": name, **tags})
+        self.log_metrics(run.info.run_id, [(metric, value, 0, run.info.start_time) for metric, value in metrics.items()])
+        self._client.log_artifacts(run.info.run_id, str(folder))
+        self._client.set_terminated(run.info.run_id, "FINISHED")
+
+    @patiently
     def register(
         self, run: RunRecord, adapter_dir: Path, digest: str, model_code: Path, description: str, tags: Mapping[str, str]
     ) -> AdapterVersion:
@@ -181,9 +175,7 @@ class Registry:
             )
         self._ensure_model(run.task, description)
         all_tags = {TAG_OWNER: "1", "digest": digest, **tags}  # a server takes a `models:/` source only with the model's id
-        version = self._client.create_model_version(
-            run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id
-        )
+        version = self._client.create_model_version(run.task, info.model_uri, run.run_id, tags=all_tags, model_id=info.model_id)
         return _version(version)
 
     @patiently
@@ -329,22 +321,3 @@ def _alone(tracking_uri: str) -> Iterator[None]:
     is_file = tracking_uri.startswith("sqlite:///")
     with filelock.FileLock(f"{tracking_uri[10:]}.lock", timeout=120) if is_file else nullcontext():
         yield
-
-
-@contextmanager
-def _named_errors(tracking_uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:  # a local store lets its own errors through
-        kind = RegistryAwayError if _is_away(error, tracking_uri) else RegistryError
-        raise kind(f"MLflow at {tracking_uri} failed: {error}; check MLFLOW_TRACKING_URI and that it is reachable") from error
-
-
-def _is_away(error: Exception, tracking_uri: str) -> bool:
-    """Whether the same call may succeed later: no connection, an overloaded or restarting server, a locked or full database."""
-    if isinstance(error, requests.RequestException):
-        return error.response is None or error.response.status_code >= 500
-    if not isinstance(error, MlflowException):
-        return False
-    is_server = tracking_uri.startswith("http")
-    return error.error_code in ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", *(["INTERNAL_ERROR"] if is_server else ()))

@@ -165,9 +165,7 @@ def _tree_scores(
     return tuple(scores_L[:num] for scores_L, num in zip(scores_BL, num_labels, strict=True))
 
 
-def _seq2seq_logits(
-    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]
-) -> Tensor:
+def _seq2seq_logits(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]) -> Tensor:
     """Encode each prompt once and decode its tree against it: logits [B, N, V] of what follows each node."""
     model: Any = base.model
     ids_BT, mask_BT = padded(base, [row.token_ids for row in rows])
@@ -190,9 +188,7 @@ def _seq2seq_logits(
     return logits_BNV
 
 
-def _causal_logits(
-    base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]
-) -> Tensor:
+def _causal_logits(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], trees: Sequence[AnswerTree]) -> Tensor:
     """Run prompt and tree as one row, the prompt's last token as the root: logits [B, N, V] of what follows each node."""
     model: Any = base.model
     # Padding stands on the left, so that the nodes of all rows are at the same positions.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, field_validator, model_validator
 
-RESERVED_NAMES = frozenset({"auto", "base", "latest"})
+RESERVED_NAMES = frozenset({"auto", "base", "latest", "regression-reports"})
 LOCAL_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 OTHER_METHODS = {
@@ -199,12 +199,16 @@ class ResourceSpec(Part):
 class GateSpec(Part):
     """The bar that an adapter version must pass to answer in production."""
 
-    metric: Literal["accuracy", "macro_f1"] = "accuracy"
+    metric: Literal["accuracy", "macro_f1", "token_f1"] = "accuracy"
     """The number that is judged on the gate split; a free-text answer is right if equal to gold but for case and spaces."""
     min: float = Field(default=0.0, ge=0.0, le=1.0)
     """Lowest acceptable value of the metric."""
     margin: float = Field(default=0.02, gt=0.0, lt=1.0)
     """How much worse than the champion still counts as not worse (0.02 = two points)."""
+    hard_drop: float = Field(default=0.05, gt=0.0, le=1.0)
+    """A drop of accuracy that no margin excuses where it is certain (0.05 = five points)."""
+    policy: Literal["balanced", "strict", "advisory"] = "balanced"
+    """Inconclusive: balanced promotes what is not below the champion, strict nothing; advisory promotes all and only reports."""
 
 
 class TaskSpec(Part):
@@ -247,9 +251,11 @@ class TaskSpec(Part):
         if self.labels is None:
             if "labels" in fields:
                 raise ValueError("the instruction has {labels} but the task lists none: add labels, or take the field out")
-            if self.gate.metric != "accuracy":
-                raise ValueError(f"gate.metric {self.gate.metric} needs labels; use accuracy for a free-text task")
+            if self.gate.metric == "macro_f1":
+                raise ValueError("gate.metric macro_f1 needs labels; use accuracy or token_f1 for a free-text task")
             return self
+        if self.gate.metric == "token_f1":
+            raise ValueError("gate.metric token_f1 is for free texts; use accuracy or macro_f1 for a task with labels")
         if self.generation is not None:
             raise ValueError("generation is set, but a task with labels writes no text; remove it, or the labels")
         if len(self.labels) < 2:

@@ -130,7 +130,8 @@ def _without_union_noise(error: ValidationError) -> Sequence[Any]:
     """Keep one error per field, the deepest, where pydantic reports every branch of a union."""
     details: dict[tuple[Any, ...], Any] = {}
     for detail in error.errors():
-        loc = tuple(part for part in detail["loc"] if part not in ("str", "HubSource") and
-                    not str(part).startswith(("literal[", "list[")))
+        loc = tuple(
+            part for part in detail["loc"] if part not in ("str", "HubSource") and not str(part).startswith(("literal[", "list["))
+        )
         details.setdefault(loc, {**detail, "loc": loc})
     return [details[loc] for loc in details if not any(loc == other[: len(loc)] for other in details if other != loc)]

@@ -14,9 +14,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and what only reads a
     from transformers import PreTrainedModel
 
 
-def match_modules(
-    model: PreTrainedModel, target_modules: str | Sequence[str], layers: Sequence[int] | None = None
-) -> list[str]:
+def match_modules(model: PreTrainedModel, target_modules: str | Sequence[str], layers: Sequence[int] | None = None) -> list[str]:
     """Name the linear layers that get an adapter. Raises AdapterError for a target or a layer that matches nothing.
 
     `target_modules` is `all-linear`, a list of names or name endings, or a regular expression for the whole name.

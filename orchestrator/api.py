@@ -1,10 +1,10 @@
-"""The Python API that the command line is a thin layer over: load, plan, submit, status, latest_report, query.
+"""The Python API that the command line is a thin layer over: load, plan, submit, status, latest_report, cross, explain, query.
 
-    from orchestrator.api import load, query, submit
-    result = submit(load(["tasks/client-talk.yaml"]))
-    print(result.outcome, result.report_file)
-    # after `orchestrator serve`:
-    print(query("client-talk", "I have been thinking about cutting down.")["results"][0]["label"])
+from orchestrator.api import load, query, submit
+result = submit(load(["tasks/client-talk.yaml"]))
+print(result.outcome, result.report_file)
+# after `orchestrator serve`:
+print(query("client-talk", "I have been thinking about cutting down.")["results"][0]["label"])
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from orchestrator.cluster import cluster_size, local_size
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
 from orchestrator.driver import Driver, plan_of, planned_submission
+from orchestrator.evidence import CrossResult, cross, explain
 from orchestrator.prepare import prepare
 from orchestrator.report_page import latest_report
+from orchestrator.rungs import Ladder
 from orchestrator.services import query
 from orchestrator.session import RaySession, ray_session
 from orchestrator.state import Action, Update
@@ -68,11 +70,15 @@ def submit(
 
 
 __all__ = [
+    "CrossResult",
+    "Ladder",
     "MultiLoraError",
     "OrchestratorConfig",
     "PlannedSubmission",
     "SubmitResult",
     "TaskStatus",
+    "cross",
+    "explain",
     "latest_report",
     "load",
     "plan",

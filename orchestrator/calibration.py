@@ -8,10 +8,10 @@ Source: Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
@@ -41,12 +41,16 @@ def fit_temperature(scores: Sequence[Sequence[float]], gold: Sequence[int]) -> f
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
 
 
-def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool]) -> float:
+def expected_calibration_error(confidences: Sequence[float] | NDArray[np.float64], correct: Sequence[bool]) -> float:
     """Average the distance between confidence and accuracy over equal-width bins of confidence, weighted by their examples.
 
     Bin m of M holds the confidences in ((m - 1) / M, m / M]. Source: equation 3 of Guo et al. 2017, after Naeini et al. 2015.
     """
-    surplus: defaultdict[int, float] = defaultdict(float)
-    for confidence, is_right in zip(confidences, correct, strict=True):
-        surplus[math.ceil(confidence * NUM_BINS)] += confidence - is_right
-    return sum(map(abs, surplus.values())) / len(confidences)
+    surplus = [confidence - is_right for confidence, is_right in zip(confidences, correct, strict=True)]
+    return float(np.abs(np.bincount(bins_of(confidences), weights=surplus)).sum() / len(surplus))
+
+
+def bins_of(confidences: Sequence[float] | NDArray[np.float64]) -> NDArray[np.int64]:
+    """Numbers of the confidences' bins, from 1."""
+    numbers: NDArray[np.int64] = np.ceil(np.multiply(confidences, NUM_BINS)).astype(np.int64)
+    return numbers

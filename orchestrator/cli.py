@@ -13,7 +13,9 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli_aliases import aliases_app
 from orchestrator.cli_endpoint import endpoint_app
+from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
 from orchestrator.cli_submit import submit_app
 
@@ -27,20 +29,33 @@ app = typer.Typer(
     "Start with: orchestrator submit tasks/*.yaml",
 )
 app.add_typer(submit_app)
+app.add_typer(aliases_app)
+app.add_typer(evidence_app)
 app.add_typer(endpoint_app)
 WATCH_EVERY_S = 2.0
 
 
 @app.command(epilog="Example: orchestrator validate tasks/*.yaml")
-def validate(files: Files, as_json: Json = False) -> None:
-    """Check task specs without loading data or a model; every problem of every file at once."""
+def validate(files: Files, as_json: Json = False, workspace: Workspace = None) -> None:
+    """Check task specs without loading data or a model; every problem of every file at once.
+
+    Warns where the gate split is too small for the margin, at the flip rate that the workspace's history shows.
+    """
     from multilora.spec_files import try_load_task_specs
+    from orchestrator.history import flip_rate, read_events
+    from orchestrator.power import power_warning
 
     loaded = try_load_task_specs(files)
+    events = read_events(config_of(workspace).history_dir)
+    found = {spec.name: power_warning(spec, flip_rate(events, spec.name)) for spec in loaded.specs}
+    warnings = {name: warning for name, warning in found.items() if warning}
     if as_json:
-        print_json({"tasks": [spec.name for spec in loaded.specs], "problems": [asdict(p) for p in loaded.problems]})
+        tasks = [spec.name for spec in loaded.specs]
+        print_json({"tasks": tasks, "problems": [asdict(p) for p in loaded.problems], "warnings": warnings})
     else:
         print_problems(loaded.problems)
+        for name, warning in warnings.items():
+            print(f"warning: {name}: {warning}", file=sys.stderr)
         for spec in loaded.specs:
             kind = f"{len(spec.labels)} labels" if spec.labels else "free text"
             print(f"ok  {spec.name}: {kind}, base {spec.base.model}, gate {spec.gate.metric} >= {spec.gate.min:g}")

@@ -6,7 +6,7 @@ import platform
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -192,3 +192,29 @@ def evaluate_on_cluster(
         check_stop()
     outcome: EvalOutcome = ray.get(running)
     return outcome
+
+
+class OverlapSearch:
+    """Looks for training examples in gate splits on some node, while others train."""
+
+    def __init__(self, train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequence[str]]) -> None:
+        """Start it; it takes no place from training."""
+        remote: Any = ray.remote(entry.find_overlaps).options(num_cpus=0, max_retries=2)
+        self._running = remote.remote(train, gate)
+
+    def sentences(self, check_stop: Callable[[], None]) -> dict[str, tuple[str, ...]]:
+        """Wait for what it found, in words by task; `check_stop` is called meanwhile, and may raise."""
+        while not ray.wait([self._running], timeout=0.5)[0]:
+            check_stop()
+        found: dict[str, tuple[str, ...]] = ray.get(self._running)
+        return found
+
+
+def stream_on_cluster(function: Callable[..., Iterator[Any]], *arguments: object) -> Iterator[Any]:
+    """Run a generator on a worker of the connected cluster, a GPU's where there is one; gives what it yields as it comes."""
+    nodes = [_node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
+    gpus = min(1.0, max(node.gpus for node in nodes))
+    cpus = 1.0 if gpus else max(1.0, *(node.cpus for node in nodes))
+    remote: Any = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    for found in remote.remote(*arguments):
+        yield ray.get(found)

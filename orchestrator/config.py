@@ -67,9 +67,24 @@ class OrchestratorConfig(Part):
         return self.workspace / "reports"
 
     @property
+    def history_dir(self) -> Path:
+        """One file per promotion event."""
+        return self.workspace / "history"
+
+    @property
     def downloads_dir(self) -> Path:
         """Adapter versions fetched from the registry."""
         return self.workspace / "downloads"
+
+    @property
+    def gates_dir(self) -> Path:
+        """Gate splits that champions were judged on, one file per fingerprint."""
+        return self.workspace / "gates"
+
+    @property
+    def cross_file(self) -> Path:
+        """Newest cross-adapter matrix of every base."""
+        return self.workspace / "cross.json"
 
     @property
     def pace_file(self) -> Path:
@@ -93,6 +108,10 @@ class OrchestratorConfig(Part):
     def answers_file(self, run_key: str) -> Path:
         """Per-example answers of a run's evaluation."""
         return self.workspace / "answers" / f"{run_key}.json"
+
+    def verdict_file(self, run_key: str) -> Path:
+        """The verdict on a run's version, kept before anybody acts on it."""
+        return self.workspace / "verdicts" / f"{run_key}.json"
 
     def checkpoint_file(self, run_key: str) -> Path:
         """Where a run's training state is kept while it trains."""

@@ -9,23 +9,40 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from multilora.artifact import digest_in, read_artifact
 from multilora.errors import MultiLoraError
+from multilora.fingerprint import changed_parts, digest_of
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
 from multilora.spec import spec_hash
+from orchestrator.comparison import Evidence
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import load_reports
-from orchestrator.judge import GateInput, judge
+from orchestrator.files import write_whole
+from orchestrator.judge import Verdict
 from orchestrator.prepare import PreparedTask, git_sha
 from orchestrator.report import TaskOutcome
 from orchestrator.state import Action, Event, RunFacts, Status, Update, advance, next_action
 from orchestrator.work import TaskWork
 
 logger = logging.getLogger(__name__)
-TAG_GATE, TAG_VERDICT, TAG_SUBMISSION = "gate_hash", "verdict", "submission"
+TAG_GATE, TAG_VERDICT, TAG_SUBMISSION, TAG_PREVIOUS = "gate_hash", "verdict", "submission", "previous_champion"
 PYFUNC_CODE = Path(__file__).resolve().parents[1] / "serve" / "pyfunc_model.py"
+
+
+@dataclass(frozen=True)
+class StoredVerdict:
+    """A verdict on disk, and what it was given to."""
+
+    belongs_to: tuple[str, ...]
+    verdict: Verdict
+
+
+STORED_VERDICT = TypeAdapter(StoredVerdict)
 
 
 class Controller:
@@ -100,31 +117,50 @@ class Controller:
         except MultiLoraError as error:
             self.fail(work, str(error))
 
-    def judge(self, work: TaskWork) -> None:
-        """Judge the candidate against the champion, and move the alias when it passes."""
+    def evidence_of(self, work: TaskWork) -> Evidence:
+        """What the judge needs to know of an evaluated task."""
+        assert work.version is not None
+        is_first = work.champion is None or work.champion.version == work.version.version
+        work.reference = work.reports["zero-shot"] if is_first or not work.champion else work.reports[work.champion.key]
+        candidate = work.reports[work.version.key]
+        is_changed = dict(candidate.fingerprint) != dict(work.reference.fingerprint) or not candidate.fingerprint
+        return Evidence(work.task, work.prepared.spec.gate, candidate, work.reference, is_first, is_changed)
+
+    def stored_verdict(self, work: TaskWork) -> Verdict | None:
+        """The verdict that a submission which was killed before it could act on it gave this run against this champion."""
+        file = self._config.verdict_file(work.prepared.run_key)
+        if not file.is_file():
+            return None
+        stored = STORED_VERDICT.validate_json(file.read_bytes())
+        return stored.verdict if stored.belongs_to == self._belongs_to(work) else None
+
+    def store_verdict(self, work: TaskWork, verdict: Verdict) -> None:
+        """Keep a verdict before anybody acts on it."""
+        stored = StoredVerdict(self._belongs_to(work), verdict)
+        write_whole(self._config.verdict_file(work.prepared.run_key), STORED_VERDICT.dump_json(stored))
+
+    def _belongs_to(self, work: TaskWork) -> tuple[str, ...]:
+        assert work.version is not None
+        assert work.reference is not None
+        return (work.prepared.gate_hash, work.version.digest, work.reference.system, work.reference.digest)
+
+    def conclude(self, work: TaskWork, verdict: Verdict) -> None:
+        """Write a verdict down, and move the alias when it passes."""
         assert work.run is not None
         assert work.version is not None
         if work.status in (Status.PROMOTED, Status.REJECTED):
             self.move(work, Event.RECONSIDERED)
-        gate = work.prepared.spec.gate
-        candidate = work.reports[work.version.key]
-        is_first = work.champion is None or work.champion.version == work.version.version
-        reference = work.reports["zero-shot"] if is_first or not work.champion else work.reports[work.champion.key]
-        verdict = judge(
-            GateInput(
-                candidate_correct=candidate.correct,
-                reference_correct=reference.correct,
-                candidate_value=candidate.value(gate.metric),
-                reference_value=reference.value(gate.metric),
-                minimum=gate.min,
-                margin=gate.margin,
-                is_first_version=is_first,
-            )
-        )
-        work.verdict, work.reference = verdict, reference
+        work.verdict = verdict
+        gate, candidate = work.prepared.spec.gate, work.reports[work.version.key]
         reason = "; ".join(verdict.reasons)
         value, num_examples = f"{candidate.value(gate.metric):.4f}", str(len(candidate.answers))
-        tags = {TAG_VERDICT: str(verdict.kind), "reasons": reason, gate.metric: value, "num_gate_examples": num_examples}
+        tags = {
+            TAG_VERDICT: str(verdict.kind),
+            "reasons": reason,
+            gate.metric: value,
+            "num_gate_examples": num_examples,
+            "fingerprint": digest_of(candidate.fingerprint),
+        }
         self._registry.tag_version(work.version, tags)
         text = f"**{verdict.kind}** {reason}. {gate.metric} {value} on {num_examples} gate examples."
         self._registry.describe_version(work.version, text)
@@ -132,8 +168,9 @@ class Controller:
         if not verdict.is_promoted:
             self.move(work, Event.REJECTED, reason)
             return
-        before = work.champion.version if work.champion and not is_first else ""
-        self._registry.tag_version(work.version, {"previous_champion": str(before)})
+        is_other = work.champion is not None and work.champion.version != work.version.version
+        before = str(work.champion.version) if work.champion and is_other else ""
+        self._registry.tag_version(work.version, {TAG_PREVIOUS: before})
         # The alias moves last: killed before it, the run is PROMOTED and not champion, which is judged again.
         self.move(work, Event.PROMOTED, reason)
         self._registry.drop_alias(work.task, CHALLENGER)
@@ -160,7 +197,17 @@ class Controller:
             reference_report=work.reference,
             baselines=baselines,
             error=work.error,
+            policy=spec.gate.policy,
+            changed=self._changed(work),
+            run_id=work.run.run_id if work.run else "",
         )
+
+    def _changed(self, work: TaskWork) -> tuple[str, ...]:
+        """Parts of the fingerprint in which a candidate differs from the champion before it."""
+        candidate = work.reports.get(work.version.key) if work.version else None
+        if not candidate or not work.reference or work.reference.system == "zero-shot":
+            return ()
+        return changed_parts(work.reference.fingerprint, candidate.fingerprint)
 
     def fail(self, work: TaskWork, reason: str) -> None:
         """Say that a task's run failed; the others go on."""

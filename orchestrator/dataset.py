@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ import datasets
 
 from multilora.errors import DataError, Problem
 from multilora.spec import LOCAL_SUFFIXES, HubSource, TaskSpec
+from orchestrator.power import GATE_MOST, GATE_SHARE
 
-GATE_SHARE, GATE_MOST = 0.4, 1000
 SELECT_SHARE, SELECT_MOST = 0.1, 200
 NUM_SHOWN = 3
 
@@ -47,11 +46,11 @@ class TaskDataset:
     @property
     def gate_fingerprint(self) -> str:
         """sha256 over the gate rows; two evaluations are comparable only where it is equal."""
-        return _fingerprint([self.gate])
+        return gate_fingerprint_of(self.gate)
 
 
 def build_dataset(spec: TaskSpec) -> TaskDataset:
-    """Load a task's splits, cutting off missing ones by label with a fixed seed. Raises DataError with all problems."""
+    """Load a task's splits, cutting off missing ones by label. Raises DataError with all problems."""
     problems: list[Problem] = []
     notes: list[str] = []
     rows = {
@@ -64,13 +63,13 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
     _check_overlap(spec, rows)
     train = rows["train"]
     if "gate" not in rows:
-        rows["gate"], train = _cut_off(spec, train, min(GATE_SHARE, GATE_MOST / len(train)), spec.train.seed)
+        rows["gate"], train = _cut_off(spec, train, min(GATE_SHARE, GATE_MOST / len(train)), "gate")
     if "select" not in rows:
         share = min(SELECT_SHARE, SELECT_MOST / len(rows["train"])) * len(rows["train"]) / len(train)
-        rows["select"], train = _cut_off(spec, train, share, spec.train.seed + 1)
+        rows["select"], train = _cut_off(spec, train, share, "select")
     if spec.train.max_examples and spec.train.max_examples < len(train):
         most = spec.train.max_examples
-        train, _ = _cut_off(spec, train, most / len(train), spec.train.seed + 2, most)
+        train, _ = _cut_off(spec, train, most / len(train), f"train {spec.train.seed}", most)
     splits = {"train": train, "select": rows["select"], "gate": rows["gate"]}
     empty = [name for name, examples in splits.items() if not examples]
     if empty:
@@ -213,14 +212,15 @@ def _check_overlap(spec: TaskSpec, rows: dict[str, list[Example]]) -> None:
 
 
 def _cut_off(
-    spec: TaskSpec, examples: Sequence[Example], share: float, seed: int, exactly: int | None = None
+    spec: TaskSpec, examples: Sequence[Example], share: float, purpose: str, exactly: int | None = None
 ) -> tuple[list[Example], list[Example]]:
     """Take `share` of the rows of every label (or `exactly` so many in all), keeping the rows' order in both parts.
 
-    Rows of a free-text task have no label to spread over, so they are drawn at random.
+    Rows of a free-text task have no label to spread over. The draw goes by the rows' hashes: another seed, another order of
+    rows or more of them must not move a row that trained the champion into the gate split (near the edge a few may move).
     """
-    shuffled = list(range(len(examples)))
-    random.Random(seed).shuffle(shuffled)
+    hashes = [hashlib.sha256(f"{purpose} {example.id}".encode()).digest() for example in examples]
+    shuffled = sorted(range(len(examples)), key=lambda index: hashes[index])
     rank_in_label: Counter[str] = Counter()
     label_of = [example.label if spec.labels else "" for example in examples]
     size_of_label = Counter(label_of)
@@ -233,6 +233,11 @@ def _cut_off(
     wanted = exactly if exactly is not None else round(share * len(examples))
     taken = set(sorted(shuffled, key=lambda index: quantile[index])[:wanted])
     return [e for i, e in enumerate(examples) if i in taken], [e for i, e in enumerate(examples) if i not in taken]
+
+
+def gate_fingerprint_of(gate: Sequence[Example]) -> str:
+    """sha256 over ids and labels of gate rows, in order."""
+    return _fingerprint([gate])
 
 
 def _fingerprint(splits: Iterable[Sequence[Example]]) -> str:

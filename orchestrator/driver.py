@@ -12,24 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 
-from multilora.errors import CapacityError, MultiLoraError, Problem
+from multilora.errors import CapacityError, DataError, MultiLoraError, Problem
 from multilora.registry import Registry
-from multilora.spec import GateSpec
-from orchestrator.cluster import cluster_size, probe_nodes
+from orchestrator.cluster import OverlapSearch, cluster_size, probe_nodes
 from orchestrator.cluster_size import ClusterSize
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_VERDICT, Controller
 from orchestrator.curves import Curves
-from orchestrator.evaluation import Evaluation
-from orchestrator.judge import VerdictKind
+from orchestrator.dataset import Example
+from orchestrator.evaluation import Checked, Evaluation, Untouched
+from orchestrator.gates import load_gate
+from orchestrator.history import read_events
+from orchestrator.judge import Outcome, Release, VerdictKind
 from orchestrator.pace import Pace
 from orchestrator.plan import Plan, TaskNeed, plan_groups
 from orchestrator.prepare import PreparedTask, git_sha, prepare
-from orchestrator.report import Outcome, TaskOutcome, build_report
-from orchestrator.report_page import write_report
+from orchestrator.release import ReleaseRecord, judge_release, results_of
 from orchestrator.session import RaySession, held_interrupt
 from orchestrator.state import Action, Status, Update
 from orchestrator.submissions import (
@@ -40,7 +40,6 @@ from orchestrator.submissions import (
     Submissions,
     SubmissionStatus,
     SubmitResult,
-    TaskResult,
 )
 from orchestrator.training import Training
 from orchestrator.turns import Turns
@@ -116,32 +115,48 @@ class Driver:
         controller = Controller(config, self._registry, self._update, self._submission.id)
         works = [controller.observe(task, force=order.force) for task in prepared]
         unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
-        if len(unchanged) == len(works):
+        events = read_events(config.history_dir)
+        evaluation = Evaluation(config, self._registry, controller, self._update)
+        known = events[-1].cells if events else {}
+        untouched = evaluation.untouched({work.task for work in works if work.action is not Action.KEEP}, known)
+        if len(unchanged) == len(works) and not any(champion.is_changed for champion in untouched):
             self._say_plan(planned_submission(Plan((), ()), prepared, unchanged, problems))
             outcomes = tuple(controller.outcome_of(work) for work in works)
-            return SubmitResult(_results(outcomes), tuple(problems), str(_standing_outcome(works)), None)
+            return SubmitResult(results_of(outcomes), tuple(problems), str(_standing_outcome(works)), None)
         self._session.wait()
         self._check_stop()
         _check_storage(config)
         size = cluster_size(config)
         plan = plan_of([work.prepared.need for work in works if work.action is Action.TRAIN], size, config)
         self._say_plan(planned_submission(plan, prepared, unchanged, problems))
-        checked = self._judge_all(controller, works, plan, size)
-        outcomes = tuple(controller.outcome_of(work) for work in works) + _untouched(self._registry, checked, works)
+        search = self._search_overlaps(works, untouched)
+        self._train_all(controller, works, plan, size)
+        checked, release = self._judge_all(controller, evaluation, works, untouched, plan, size)
         facts = {
             "version": installed_version("adapter-orchestrator"),
             "commit": git_sha(),
             "base": ", ".join(sorted({task.spec.base.model for task in prepared})),
             "command": f"orchestrator submit {' '.join(f'{spec.name}.yaml' for spec in order.specs)}",
+            "submission": self._submission.id,
         }
-        created = datetime.now(UTC)
-        report = build_report(outcomes, created, facts)
-        report_file = write_report(report, config.reports_dir / created.strftime("%Y%m%dT%H%M%S.%f"))
-        return SubmitResult(_results(outcomes), tuple(problems), report["outcome"], report_file)
+        record = ReleaseRecord(config, self._registry, search.sentences(self._check_stop))
+        result = record.write(controller, works, checked, release, facts)
+        evaluation.keep_rechecked(checked)
+        return replace(result, problems=tuple(problems))
 
-    def _judge_all(
-        self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize
-    ) -> dict[str, str]:
+    def _search_overlaps(self, works: Sequence[TaskWork], untouched: Sequence[Untouched]) -> OverlapSearch:
+        """Compare what is trained now with every gate split that is known."""
+        gate = {work.task: _texts(work.prepared.dataset.gate) for work in works}
+        for champion in untouched:
+            task = champion.version.task
+            try:
+                gate.setdefault(task, _texts(load_gate(self._config.gates_dir, champion.gate_fingerprint) or ()))
+            except DataError as error:
+                logger.warning("gate split not compared task=%s error=%s", task, error)
+        train = {work.task: _texts(work.prepared.dataset.train) for work in works if work.action is not Action.KEEP}
+        return OverlapSearch(train, gate)
+
+    def _train_all(self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize) -> None:
         refused = dict(plan.refused)
         for work in works:
             work.error = refused.get(work.task, "")
@@ -152,19 +167,29 @@ class Driver:
         for work in works:
             if work.action is Action.REGISTER:
                 controller.register(work)
-        evaluation = Evaluation(self._config, self._registry, controller, self._update)
+
+    def _judge_all(
+        self,
+        controller: Controller,
+        evaluation: Evaluation,
+        works: Sequence[TaskWork],
+        untouched: Sequence[Untouched],
+        plan: Plan,
+        size: ClusterSize,
+    ) -> tuple[Checked, Release]:
         open_works = [work for work in works if work.action is not Action.KEEP and not work.error]
         missing = [work for work in open_works if evaluation.is_needed(work)]
         gpus = max((group.gpus for group in plan.groups), default=0.0)
         cpus = 1.0 if gpus else max(1.0, *(node.cpus for node in size.nodes))
-        checked = evaluation.run(missing, cpus, gpus, self._check_stop) if missing else {}
+        checked = evaluation.run(missing, untouched, cpus, gpus, self._check_stop)
         wishes = self._wishes()
         for work in open_works:
             if work.task in wishes:
                 work.error = wishes[work.task]  # trained, and not judged
-            if not work.error and work.status in (Status.EVALUATED, Status.PROMOTED, Status.REJECTED):
-                controller.judge(work)
-        return checked
+        judged = (Status.EVALUATED, Status.PROMOTED, Status.REJECTED)
+        return checked, judge_release(
+            controller, [work for work in open_works if not work.error and work.status in judged], checked
+        )
 
     def _train(self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize) -> None:
         config, submission = self._config, self._submission
@@ -235,10 +260,6 @@ def limited(size: ClusterSize, config: OrchestratorConfig) -> ClusterSize:
     return replace(size, max_gpus=config.max_gpus or math.inf, max_cpus=config.max_cpus or math.inf)
 
 
-def _results(outcomes: Sequence[TaskOutcome]) -> tuple[TaskResult, ...]:
-    return tuple(TaskResult(outcome.task, outcome.state, outcome.champion, outcome.error) for outcome in outcomes)
-
-
 def _standing_outcome(works: Sequence[TaskWork]) -> Outcome:
     """A refusal stands until something changes; submitting again must not turn it into a success."""
     refused = [work.run.tags.get(TAG_VERDICT) for work in works if work.run and work.status is Status.REJECTED]
@@ -247,20 +268,8 @@ def _standing_outcome(works: Sequence[TaskWork]) -> Outcome:
     return Outcome.HOLD if refused else Outcome.CLEAR
 
 
-def _untouched(registry: Registry, checked: Mapping[str, str], works: Sequence[TaskWork]) -> tuple[TaskOutcome, ...]:
-    """Outcomes of champions outside this submission that were bound again, canaries included."""
-    champions, submitted = registry.champions(), {work.task for work in works}
-    outcomes = []
-    for key, error in sorted(checked.items()):
-        task = key.partition("@")[0]
-        if task in submitted or task not in champions:
-            continue
-        gate = GateSpec.model_validate_json(champions[task].tags.get("gate", "{}"))
-        if error:
-            outcomes.append(TaskOutcome(task, "", "failed", gate.metric, gate.min, gate.margin, None, key, error=error))
-        else:
-            outcomes.append(TaskOutcome(task, "", "verified", gate.metric, gate.min, gate.margin, key))
-    return tuple(outcomes)
+def _texts(examples: Sequence[Example]) -> list[str]:
+    return ["\n".join(example.columns.values()) for example in examples]
 
 
 def _check_storage(config: OrchestratorConfig) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multilora.spec import BaseSpec
+    from orchestrator.cross import CrossColumn
     from orchestrator.eval_report import EvalItem, EvalOutcome
+    from orchestrator.rungs import RungAnswers
 
 
 def train_group(config: dict[str, Any]) -> None:
@@ -20,3 +22,21 @@ def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[Eval
     """Run `orchestrator.evaluate.evaluate`."""
     outcome: EvalOutcome = importlib.import_module("orchestrator.evaluate").evaluate(base, items, untouched)
     return outcome
+
+
+def find_overlaps(train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Run `orchestrator.contamination.find_overlaps`; its findings in words, by the task that trains."""
+    sentences: dict[str, tuple[str, ...]] = {}
+    for overlap in importlib.import_module("orchestrator.contamination").find_overlaps(train, gate):
+        sentences[overlap.train_task] = (*sentences.get(overlap.train_task, ()), overlap.sentence)
+    return sentences
+
+
+def cross_columns(base: BaseSpec, items: Sequence[EvalItem]) -> Iterator[CrossColumn]:
+    """Run `orchestrator.cross_evaluate.cross_columns`."""
+    yield from importlib.import_module("orchestrator.cross_evaluate").cross_columns(base, items)
+
+
+def climb(item: EvalItem, others: Sequence[EvalItem]) -> Iterator[RungAnswers]:
+    """Run `orchestrator.ladder.climb`."""
+    yield from importlib.import_module("orchestrator.ladder").climb(item, others)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import softmax
 
 from orchestrator.calibration import expected_calibration_error
 from orchestrator.dataset import Example
+from orchestrator.files import write_whole
 from orchestrator.metrics import METRICS, is_right, token_f1
 
 
@@ -26,8 +29,10 @@ class Graded:
     probability: float | None
     """Of the answer; None for a free text."""
     scores: tuple[float, ...]
+    is_truncated: bool = False
+    """Whether the input was cut to fit max_length."""
 
-    @property
+    @cached_property
     def is_right(self) -> bool:
         """Whether the answer is the gold one."""
         return is_right(self.gold, self.answer)
@@ -46,6 +51,10 @@ class EvalReport:
     answers: tuple[Graded, ...]
     temperature: float = 1.0
     """What the probabilities were computed with."""
+    scorer_version: int = 0
+    """Of the code that scored labels; answers of different versions are not compared. 0: nothing was scored."""
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of everything that decides the answers, by part (multilora/fingerprint.py); empty for a baseline without a model."""
 
     @property
     def correct(self) -> list[bool]:
@@ -59,13 +68,26 @@ class EvalReport:
     @property
     def calibration_errors(self) -> dict[str, float]:
         """Expected calibration error with the temperature (`ece`) and without; empty for a system without scores."""
-        if not all(graded.scores for graded in self.answers):
+        if self._scores is None:
             return {}
         temperatures = {"ece": self.temperature, "ece_uncalibrated": 1.0}
         return {
-            name: expected_calibration_error([_confidence(g.scores, temperature) for g in self.answers], self.correct)
+            name: expected_calibration_error(self.confidences(temperature), self.correct)
             for name, temperature in temperatures.items()
         }
+
+    def confidences(self, temperature: float) -> NDArray[np.float64]:
+        """Probability of the best label per example, at a temperature; empty for a system without scores."""
+        if self._scores is None:
+            return np.empty(0)
+        best: NDArray[np.float64] = softmax(self._scores / temperature, axis=1).max(axis=1)
+        return best
+
+    @cached_property
+    def _scores(self) -> NDArray[np.float64] | None:
+        """Examples x labels."""
+        is_scored = bool(self.answers) and all(graded.scores for graded in self.answers)
+        return np.array([graded.scores for graded in self.answers]) if is_scored else None
 
     @property
     def token_f1(self) -> float | None:
@@ -85,19 +107,19 @@ class EvalReport:
 
 
 def store_reports(file: Path, reports: Iterable[EvalReport]) -> None:
-    """Keep every answer of a run's evaluation, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_suffix(".tmp")
-    staging.write_text(json.dumps([report.to_json() for report in reports]), encoding="utf-8")
-    staging.replace(file)
+    """Keep every answer of a run's evaluations, atomically; an evaluation that was made again stands behind the older ones."""
+    texts = dict.fromkeys((*_texts(file), *(report.to_json() for report in reports)))
+    write_whole(file, json.dumps(list(texts)).encode())
 
 
 def load_reports(file: Path) -> dict[str, EvalReport]:
-    """Stored reports by system; empty where there are none."""
-    if not file.is_file():
-        return {}
-    reports = [EvalReport.from_json(text) for text in json.loads(file.read_text(encoding="utf-8"))]
+    """The newest stored report of each system; empty where there are none."""
+    reports = [EvalReport.from_json(text) for text in _texts(file)]
     return {report.system: report for report in reports}
+
+
+def _texts(file: Path) -> list[str]:
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 @dataclass(frozen=True)
@@ -120,8 +142,3 @@ class EvalOutcome:
 
     reports: dict[tuple[str, str], EvalReport]
     errors: dict[str, str]
-
-
-def _confidence(scores: Sequence[float], temperature: float) -> float:
-    """Probability of the best answer."""
-    return float(softmax(np.divide(scores, temperature)).max())

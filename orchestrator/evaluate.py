@@ -10,9 +10,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from multilora.artifact import TaskCard, read_artifact
+from multilora.artifact import AdapterArtifact, TaskCard, read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
+from multilora.fingerprint import fingerprint_of, zero_shot_fingerprint
+from multilora.scoring import SCORER_VERSION
 from multilora.spec import BaseSpec
 from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem, EvalOutcome, EvalReport, Graded
@@ -44,17 +46,17 @@ def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[Eval
         if not item.gate:
             continue
         answers = engine.classify([Work(key, engine.prompt(key, example.columns)) for example in item.gate])
-        reports[item.task, key] = _graded(item, key, artifact.digest, artifact.card.text_column, answers)
+        reports[item.task, key] = _graded(item, key, artifact, answers, fingerprint_of(artifact))
         if item.train:
             zero_shot = _zero_shot(engine, artifact.card, [example.columns for example in item.gate])
             reports[item.task, "zero-shot"] = _graded(
-                item, "zero-shot", artifact.card.base_fingerprint, artifact.card.text_column, zero_shot
+                item, "zero-shot", artifact, zero_shot, zero_shot_fingerprint(artifact.card)
             )
             labels = tuple(label for label, _ in artifact.card.labels)
             # Nothing but the base can be a baseline for text that is written.
             for system, guesses in (("majority", _majority(item)), ("tf-idf", _tf_idf(item))) if labels else ():
                 plain = [Answer(guess, labels, tuple(float(name == guess) for name in labels), False) for guess in guesses]
-                reports[item.task, system] = _graded(item, system, "", artifact.card.text_column, plain)
+                reports[item.task, system] = _graded(item, system, artifact, plain, {})
     return EvalOutcome(reports, errors)
 
 
@@ -64,19 +66,32 @@ def _zero_shot(engine: Engine, card: TaskCard, items: Sequence[Mapping[str, str]
     return engine.write_zero_shot(card.prompt_format, items, card.max_new_tokens)
 
 
-def _graded(item: EvalItem, system: str, digest: str, text_column: str, answers: Sequence[Answer]) -> EvalReport:
+def _graded(
+    item: EvalItem, system: str, artifact: AdapterArtifact, answers: Sequence[Answer], fingerprint: Mapping[str, str]
+) -> EvalReport:
     rows = tuple(
         Graded(
             example.id,
-            example.columns[text_column],
+            example.columns[artifact.card.text_column],
             example.label,
             answer.label,
             max(answer.probabilities, default=None),
             answer.scores,
+            answer.is_truncated,
         )
         for example, answer in zip(item.gate, answers, strict=True)
     )
-    return EvalReport(item.task, system, digest, item.gate_fingerprint, answers[0].labels, rows, answers[0].temperature)
+    return EvalReport(
+        task=item.task,
+        system=system,
+        digest=artifact.digest if "adapter" in fingerprint else fingerprint.get("base", ""),
+        gate_fingerprint=item.gate_fingerprint,
+        labels=answers[0].labels,
+        answers=rows,
+        temperature=answers[0].temperature,
+        scorer_version=SCORER_VERSION,
+        fingerprint=fingerprint,
+    )
 
 
 def _majority(item: EvalItem) -> list[str]:

@@ -1,19 +1,24 @@
-"""The regression gate: paired statistics of candidate against champion on the same gate examples. Pure functions.
+"""The regression gate: judges all candidates of a release together, each against its champion on the same gate examples.
 
-A "no" is a value here (a Verdict), never an exception. Formulas: McNemar mid-p (Fagerland et al. 2013,
-doi:10.1186/1471-2288-13-91) and Tango's score test for paired proportions (Tango 1998, Statistics in Medicine 17:891).
+A "no" is a value here, never an exception. Three verdicts per task, four outcomes per release; the rules and their
+simulated operating characteristics: docs/gate.md, measured again by benchmarks/gate_power.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from scipy.stats import binom, binomtest, norm
+from multilora.spec import GateSpec
+from orchestrator.comparison import Comparison, Evidence, compare, incomparable
+from orchestrator.paired import holm, mcnemar_midp
+from orchestrator.power import ALPHA_MARGIN, detectable_drop, examples_needed
 
-ALPHA = 0.05
+ALPHA_TASKS, ALPHA_POOLED = 0.03, 0.02
+"""For "some task is worse" (Holm), and for "all tasks together are worse"; together they block a harmless release in 5 %."""
+ALPHA_HARD = 0.01
+"""A hard drop is believed at this p, or at ALPHA_POOLED over the number of changed tasks where that is less."""
 
 
 class VerdictKind(StrEnum):
@@ -24,19 +29,13 @@ class VerdictKind(StrEnum):
     INCONCLUSIVE = "INCONCLUSIVE"
 
 
-@dataclass(frozen=True)
-class GateInput:
-    """One task's evidence. Correctness lists run over the same gate examples in the same order."""
+class Outcome(StrEnum):
+    """What a whole submission came to, worst first; the worst task decides."""
 
-    candidate_correct: Sequence[bool]
-    reference_correct: Sequence[bool]
-    """The champion's; for a first version the zero-shot base's."""
-    candidate_value: float
-    """The spec's metric on the gate split."""
-    reference_value: float
-    minimum: float
-    margin: float
-    is_first_version: bool
+    ERROR = "ERROR"
+    BLOCK = "BLOCK"
+    HOLD = "HOLD"
+    CLEAR = "CLEAR"
 
 
 @dataclass(frozen=True)
@@ -47,119 +46,154 @@ class Verdict:
     is_promoted: bool
     reasons: tuple[str, ...]
     difference: float
-    """candidate_value - reference_value."""
+    """Of the spec's metric, candidate - reference."""
     num_losses: int
     """b: examples that only the reference gets right."""
     num_wins: int
     """c: examples that only the candidate gets right."""
     p_worse: float
-    """One-sided McNemar mid-p that the candidate is worse."""
+    """One-sided p that the candidate is worse: McNemar mid-p, or bootstrap for a metric that is no accuracy."""
+    p_holm: float | None
+    """The same corrected over the release's changed tasks; None for a task that is not among them."""
     p_margin: float
-    """One-sided p of Tango's test against "worse by the margin or more"; small means proven not worse."""
+    """One-sided p against "worse by the margin or more" (Tango, or bootstrap); small means proven not worse."""
     interval: tuple[float, float]
-    """90 % score interval of the accuracy difference."""
+    """90 % interval of the metric's difference."""
+    detectable_drop: float
+    """Smallest true drop of accuracy that these examples find with 80 % power, at the observed rate of flips."""
+    examples_needed: int | None = None
+    """Of an inconclusive task: gate examples that would settle it."""
 
 
-def judge(evidence: GateInput) -> Verdict:
-    """Judge a candidate. Raises ValueError when the two sides were not measured on the same number of examples."""
-    pairs = list(zip(evidence.candidate_correct, evidence.reference_correct, strict=True))
-    num_losses = sum(reference and not candidate for candidate, reference in pairs)
-    num_wins = sum(candidate and not reference for candidate, reference in pairs)
-    num_examples = len(pairs)
-    p_worse = mcnemar_midp(num_losses, num_wins)
-    p_margin = tango_p(num_losses, num_wins, num_examples, evidence.margin)
-    kind, reasons = _decide(evidence, num_losses, num_wins, p_worse, p_margin)
-    difference = evidence.candidate_value - evidence.reference_value
-    is_promoted = kind is VerdictKind.NON_INFERIOR or (kind is VerdictKind.INCONCLUSIVE and difference >= 0)
-    if kind is VerdictKind.INCONCLUSIVE:
-        reasons.append("promoted: not below the champion" if is_promoted else "not promoted: below the champion")
+@dataclass(frozen=True)
+class Release:
+    """The gate's answer for everything that was judged together."""
+
+    outcome: Outcome
+    verdicts: Mapping[str, Verdict]
+    errors: Mapping[str, str]
+    """Why a comparison is not valid, by task; such a task never passes."""
+    family: tuple[str, ...]
+    """Tasks that changed, flipped at least one answer, and are corrected for together."""
+    pooled: tuple[str, ...]
+    """Tasks of the family whose flips are added up; those under an advisory gate are not."""
+    pooled_losses: int
+    pooled_wins: int
+    pooled_p: float
+    """Mid-p over these flips together; finds small drops everywhere that no single task can show."""
+
+    @property
+    def is_pooled_drop(self) -> bool:
+        """Whether the pooled tasks as a whole got worse."""
+        return len(self.pooled) > 1 and self.pooled_p < ALPHA_POOLED
+
+
+def judge(evidences: Sequence[Evidence]) -> Release:
+    """Judge a release. Pure: the same evidence gives the same answer."""
+    errors = {e.task: problem for e in evidences if (problem := incomparable(e.candidate, e.reference))}
+    return decide({e.task: compare(e) for e in evidences if e.task not in errors}, errors)
+
+
+def decide(comparisons: Mapping[str, Comparison], errors: Mapping[str, str]) -> Release:
+    """Decide on tasks that were compared, given why others could not be."""
+    family = {task: found for task, found in comparisons.items() if found.is_in_family}
+    p_holm = holm({task: found.p_worse for task, found in family.items()})
+    verdicts = {task: _verdict(found, p_holm.get(task), len(family)) for task, found in comparisons.items()}
+    pool = {task: found for task, found in family.items() if found.is_counted}
+    losses, wins = sum(found.num_losses for found in pool.values()), sum(found.num_wins for found in pool.values())
+    release = Release(Outcome.CLEAR, verdicts, errors, tuple(family), tuple(pool), losses, wins, mcnemar_midp(losses, wins))
+    if release.is_pooled_drop:
+        verdicts |= {task: _held_back(verdicts[task], release) for task, found in pool.items() if found.drop > 0}
+    verdicts = {task: _by_policy(verdict, comparisons[task].gate) for task, verdict in verdicts.items()}
+    kinds = {verdicts[task].kind for task, found in comparisons.items() if found.is_counted}
+    return replace(release, outcome=_outcome(release, kinds), verdicts=verdicts)
+
+
+def _verdict(found: Comparison, p_holm: float | None, num_family: int) -> Verdict:
+    kind, reasons = _decide(found, p_holm, max(num_family, 1))
+    alpha = ALPHA_TASKS / max(num_family, 1)
+    difference = found.value - found.before
+    needed = _examples_needed(found, alpha) if kind is VerdictKind.INCONCLUSIVE else None
+    if needed:
+        reasons = [f"{found.flips}: too few examples to tell; about {needed} would settle a margin of {found.gate.margin:.3f}"]
     return Verdict(
         kind=kind,
-        is_promoted=is_promoted,
+        is_promoted=kind is VerdictKind.NON_INFERIOR or (kind is VerdictKind.INCONCLUSIVE and difference >= 0),
         reasons=tuple(reasons),
         difference=difference,
-        num_losses=num_losses,
-        num_wins=num_wins,
-        p_worse=p_worse,
-        p_margin=p_margin,
-        interval=tango_interval(num_losses, num_wins, num_examples),
+        num_losses=found.num_losses,
+        num_wins=found.num_wins,
+        p_worse=found.p_worse,
+        p_holm=p_holm,
+        p_margin=found.p_margin,
+        interval=found.interval,
+        detectable_drop=detectable_drop(found.flip_rate, found.num_examples, alpha),
+        examples_needed=needed,
     )
 
 
-def _decide(
-    evidence: GateInput, num_losses: int, num_wins: int, p_worse: float, p_margin: float
-) -> tuple[VerdictKind, list[str]]:
-    value, reference = evidence.candidate_value, evidence.reference_value
-    if value < evidence.minimum:
-        return VerdictKind.REGRESSED, [f"{value:.3f} is below gate.min {evidence.minimum:.3f}"]
-    if evidence.is_first_version:
-        if value > reference:
-            return VerdictKind.NON_INFERIOR, [f"first version: {value:.3f} beats the zero-shot base's {reference:.3f}"]
-        return VerdictKind.REGRESSED, [f"first version: {value:.3f} does not beat the zero-shot base's {reference:.3f}"]
-    flips = f"{num_losses} lost, {num_wins} won of {len(evidence.candidate_correct)}"
-    if num_losses == num_wins == 0:
-        return VerdictKind.NON_INFERIOR, ["right and wrong on the same examples as the champion"]
-    is_proven = p_margin < ALPHA
-    if p_worse < ALPHA and not is_proven:
-        return VerdictKind.REGRESSED, [f"worse than the champion ({flips}, p = {p_worse:.3g})"]
-    if is_proven:
-        note = " (a real drop, but within the margin)" if p_worse < ALPHA else ""
-        return VerdictKind.NON_INFERIOR, [f"not worse by {evidence.margin:.3f} or more ({flips}, p = {p_margin:.3g}){note}"]
-    needed = examples_needed(num_losses + num_wins, len(evidence.candidate_correct), evidence.margin)
-    return VerdictKind.INCONCLUSIVE, [
-        f"{flips}: too few examples to tell; about {needed} would settle a margin of {evidence.margin:.3f}"
-    ]
+def _decide(found: Comparison, p_holm: float | None, num_family: int) -> tuple[VerdictKind, list[str]]:
+    if found.faults:
+        return VerdictKind.REGRESSED, list(found.faults)
+    if found.is_first_version:
+        is_better = found.value > found.before
+        words = "beats" if is_better else "does not beat"
+        reason = f"first version: {found.value:.3f} {words} the zero-shot base's {found.before:.3f}"
+        return VerdictKind.NON_INFERIOR if is_better else VerdictKind.REGRESSED, [reason]
+    if found.is_same:
+        return VerdictKind.NON_INFERIOR, ["the same answers as the champion"]
+    if found.drop >= found.gate.hard_drop:
+        p_drop = mcnemar_midp(found.num_losses, found.num_wins)
+        if p_drop < min(ALPHA_HARD, ALPHA_POOLED / num_family):
+            return VerdictKind.REGRESSED, [f"a hard drop of {100 * found.drop:.1f} points ({found.flips}, p = {p_drop:.3g})"]
+    is_worse = p_holm is not None and p_holm < ALPHA_TASKS
+    if found.p_margin < ALPHA_MARGIN:
+        note = " (a real drop, but within the margin)" if is_worse else ""
+        reason = f"not worse by {found.gate.margin:.3f} or more ({found.flips}, p = {found.p_margin:.3g}){note}"
+        return VerdictKind.NON_INFERIOR, [reason]
+    if is_worse:
+        over = f", corrected over {num_family} changed tasks" if num_family > 1 else ""
+        return VerdictKind.REGRESSED, [f"worse than the champion ({found.flips}, p = {p_holm:.3g}{over})"]
+    return VerdictKind.INCONCLUSIVE, []
 
 
-def mcnemar_midp(num_losses: int, num_wins: int) -> float:
-    """One-sided mid-p that losses outnumber wins by chance: P(X > b) + P(X = b) / 2 for X ~ Bin(b + c, 1/2)."""
-    total = num_losses + num_wins
-    if total == 0:
-        return 1.0
-    return float(binom.sf(num_losses, total, 0.5) + 0.5 * binom.pmf(num_losses, total, 0.5))
+def _examples_needed(found: Comparison, alpha: float) -> int:
+    """Were the candidate as good as the champion; where there are as many already, at the drop seen, by either test."""
+    margin, drop = found.gate.margin, found.before - found.value
+    needed = examples_needed(found.flip_rate, margin, ALPHA_MARGIN)
+    if needed <= found.num_examples:
+        distances = ((margin - drop, ALPHA_MARGIN), (drop, alpha))
+        needed = min(examples_needed(found.flip_rate, distance, level) for distance, level in distances if distance > 0)
+    return max(needed, found.num_examples + 1)
 
 
-def tango_z(num_losses: int, num_wins: int, num_examples: int, difference: float) -> float:
-    """Score statistic of H0: accuracy difference (candidate - reference) equals `difference`; closed form."""
-    b, c, n, d = num_losses, num_wins, num_examples, difference
-    linear = -c - b + (2 * n - c + b) * d
-    constant = -b * d * (1 - d)
-    q = (math.sqrt(max(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
-    variance = n * (2 * q + d * (1 - d))
-    distance = c - b - n * d
-    if variance <= 0:
-        return math.copysign(math.inf, distance) if distance else 0.0
-    return distance / math.sqrt(variance)
+def _held_back(verdict: Verdict, release: Release) -> Verdict:
+    reason = (
+        f"all changed tasks together got worse ({release.pooled_losses} lost, {release.pooled_wins} won, "
+        f"p = {release.pooled_p:.3g}), and this one lost more than it won"
+    )
+    return replace(verdict, is_promoted=False, reasons=(*verdict.reasons, reason))
 
 
-def tango_p(num_losses: int, num_wins: int, num_examples: int, margin: float) -> float:
-    """One-sided p of H0: the candidate is worse by `margin` or more."""
-    return float(norm.sf(tango_z(num_losses, num_wins, num_examples, -margin)))
+def _by_policy(verdict: Verdict, gate: GateSpec) -> Verdict:
+    """Let the spec's policy decide where the statistics leave room, and say so."""
+    if gate.policy == "advisory" and not verdict.is_promoted:
+        reason = "promoted all the same: gate.policy is advisory"
+        return replace(verdict, is_promoted=True, reasons=(*verdict.reasons, reason))
+    if verdict.kind is not VerdictKind.INCONCLUSIVE:
+        return verdict
+    if gate.policy == "strict":
+        return replace(verdict, is_promoted=False, reasons=(*verdict.reasons, "not promoted: gate.policy is strict"))
+    if verdict.difference >= 0 and not verdict.is_promoted:
+        return verdict  # held back, which is said already
+    reason = "promoted: not below the champion" if verdict.is_promoted else "not promoted: below the champion"
+    return replace(verdict, reasons=(*verdict.reasons, reason))
 
 
-def tango_interval(num_losses: int, num_wins: int, num_examples: int, level: float = 0.90) -> tuple[float, float]:
-    """Two-sided score interval of the accuracy difference, by inverting Tango's test."""
-    critical = float(norm.ppf(0.5 + level / 2))
-    observed = (num_wins - num_losses) / num_examples
-
-    def edge(outer: float, sign: int) -> float:
-        inner = observed
-        for _ in range(60):
-            middle = (inner + outer) / 2
-            inside = sign * tango_z(num_losses, num_wins, num_examples, middle) < critical
-            inner, outer = (middle, outer) if inside else (inner, middle)
-        return inner
-
-    return edge(-1.0, 1), edge(1.0, -1)
-
-
-def examples_needed(num_flips: int, num_examples: int, margin: float, power: float = 0.8) -> int:
-    """Gate examples that prove an unchanged task not worse: (z_alpha + z_power)^2 x flip rate / margin^2."""
-    flip_rate = max(num_flips, 1) / num_examples
-    return math.ceil((float(norm.ppf(1 - ALPHA)) + float(norm.ppf(power))) ** 2 * flip_rate / margin**2)
-
-
-def wilson(num_correct: int, num_examples: int) -> tuple[float, float]:
-    """95 % Wilson interval of an accuracy."""
-    found = binomtest(num_correct, num_examples).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+def _outcome(release: Release, kinds: Set[VerdictKind]) -> Outcome:
+    """The worst of what counts."""
+    if release.errors:
+        return Outcome.ERROR
+    if release.is_pooled_drop or VerdictKind.REGRESSED in kinds:
+        return Outcome.BLOCK
+    return Outcome.HOLD if VerdictKind.INCONCLUSIVE in kinds else Outcome.CLEAR

@@ -43,9 +43,7 @@ class LocalRunner:
         """Start the driver; the job's name is its pid and start time."""
         argv = [sys.executable, "-m", "orchestrator", "drive", str(submission.folder)]
         with submission.log_file.open("ab") as log:
-            child = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         return f"{child.pid} {psutil.Process(child.pid).create_time()}"
 
     def is_alive(self, job: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 def is_right(gold: str, answer: str) -> bool:
     """Whether an answer is the gold one."""
-    return _normalised(gold) == _normalised(answer)
+    return gold == answer or _normalised(gold) == _normalised(answer)
 
 
 def accuracy(gold: Sequence[str], answers: Sequence[str]) -> float:
@@ -22,27 +22,31 @@ def accuracy(gold: Sequence[str], answers: Sequence[str]) -> float:
 
 def macro_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
     """Unweighted mean of the F1 of every label that occurs in gold or answers, as in scikit-learn."""
-    pairs = list(zip(gold, answers, strict=True))
-    scores = []
-    for label in sorted(set(gold) | set(answers)):
-        num_right = sum(g == a == label for g, a in pairs)
-        num_seen = sum((g == label) + (a == label) for g, a in pairs)
-        scores.append(2 * num_right / num_seen)
-    return sum(scores) / len(scores)
+    num_right = Counter(g for g, a in zip(gold, answers, strict=True) if g == a)
+    num_seen = Counter(gold) + Counter(answers)
+    return sum(2 * num_right[label] / num for label, num in sorted(num_seen.items())) / len(num_seen)
 
 
 def token_f1(gold: Sequence[str], answers: Sequence[str]) -> float:
     """Mean F1 of the words that gold text and answer share. Source: SQuAD (arXiv 1606.05250) section 6.1."""
-    return sum(_word_f1(_normalised(g).split(), _normalised(a).split()) for g, a in zip(gold, answers, strict=True)) / len(gold)
+    return sum(text_f1(g, a) for g, a in zip(gold, answers, strict=True)) / len(gold)
 
 
-def _word_f1(gold: Sequence[str], answer: Sequence[str]) -> float:
-    num_shared = sum((Counter(gold) & Counter(answer)).values())
-    return 2 * num_shared / (len(gold) + len(answer))
+def text_f1(gold: str, answer: str) -> float:
+    """F1 of the words that one gold text and its answer share."""
+    if gold == answer:
+        return 1.0
+    gold_words, words = _normalised(gold).split(), _normalised(answer).split()
+    num_shared = sum((Counter(gold_words) & Counter(words)).values())
+    return 2 * num_shared / (len(gold_words) + len(words))
 
 
 def _normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
+METRICS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "token_f1": token_f1,
+}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.files import write_whole
 from orchestrator.group_task import TrainEvent
 from orchestrator.plan import rate_key
 from orchestrator.room import TrainingGroup
@@ -44,7 +44,4 @@ class Pace:
                 done = sum(num_flops[first.task] * (last.step - first.step) / last.num_steps for first, last in spans)
                 key, rate = rate_key(group.base, group.gpus), done / seconds / (group.workers * (group.gpus or group.cpus))
                 self.rates[key] = (self.rates.get(key, rate) + rate) / 2
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        staging = self._file.with_suffix(f".{os.getpid()}")
-        staging.write_text(json.dumps(self.rates, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        staging.replace(self._file)
+        write_whole(self._file, (json.dumps(self.rates, indent=1, sort_keys=True) + "\n").encode())

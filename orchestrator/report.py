@@ -1,31 +1,47 @@
-"""The cross-task report: one object, written as JSON and as one HTML file that needs no network."""
+"""The cross-task report: everything that a submission found out and decided, as one JSON-able object."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from orchestrator.judge import ALPHA, Verdict, VerdictKind, wilson
-from orchestrator.report_page import percent
+from orchestrator.eval_report import EvalReport
+from orchestrator.history import PromotionEvent
+from orchestrator.judge import ALPHA_HARD, ALPHA_POOLED, ALPHA_TASKS, Outcome, Release, Verdict, VerdictKind
+from orchestrator.paired import fewest_losses
+from orchestrator.power import ALPHA_MARGIN
+from orchestrator.report_history import cross, history
+from orchestrator.report_parts import (
+    MAX_TEXT,
+    anatomy,
+    confusions,
+    flips,
+    label_rows,
+    label_tests,
+    reliability,
+    result,
+    shown_flip,
+)
+from orchestrator.report_sentence import evidence_of, next_step, sentence_of
+from orchestrator.report_words import Decision, percent, signed
 
-if TYPE_CHECKING:  # evaluate imports torch, which takes seconds; a report only reads what it is given.
-    from orchestrator.eval_report import EvalReport
-
-State = Literal["judged", "unchanged", "verified", "failed"]
+SCHEMA_VERSION = 2
+State = Literal["judged", "rechecked", "unchanged", "verified", "failed"]
 
 MAX_FLIPS = 50
-"""Flips shown per task."""
-MAX_FLIPS_TOTAL = 2000
+"""Flips shown per task; flips.jsonl has all."""
+MAX_FLIPS_TOTAL = 1500
 """Flips shown in one report, so that a report of 200 tasks still opens at once."""
-MAX_TEXT = 400
-"""Characters of an input or answer that are shown."""
-MIN_CLASS_EXAMPLES = 10
-"""Gate examples that a label needs before losing all of them is a warning."""
+FEW_TASKS = 50
+"""Up to so many judged tasks, texts are shown at length."""
+MANY_CONSULTS = 5
+"""From so many judged candidates on, a gate split flatters the one that it chose (docs/gate.md)."""
+SUSPECT = 0.1
+"""Corrected p below which a label is listed as a suspect."""
 AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 
 
@@ -33,8 +49,9 @@ AXIS_STEPS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 class TaskOutcome:
     """What one submission found out about one task.
 
-    judged: a candidate was evaluated and got a verdict. unchanged: spec, data and base are as they were, nothing was
-    trained. verified: not part of this submission; its champion was bound again and passed its canaries. failed: see error.
+    judged: a candidate was evaluated and got a verdict. rechecked: no candidate, but what the champion runs on changed, so it
+    was evaluated again and compared with its own earlier answers. unchanged: spec, data and base are as they were, nothing
+    was trained. verified: not part of this submission; its champion was bound again and passed its canaries. failed: see error.
     """
 
     task: str
@@ -55,78 +72,90 @@ class TaskOutcome:
     baselines: tuple[EvalReport, ...] = ()
     """zero-shot, majority and tf-idf on the same gate examples."""
     error: str = ""
-
-
-class Outcome(StrEnum):
-    """What a whole submission came to, worst first; the worst task decides."""
-
-    ERROR = "ERROR"
-    BLOCK = "BLOCK"
-    HOLD = "HOLD"
-    CLEAR = "CLEAR"
-
-
-class Decision(StrEnum):
-    """What became of one task, worst first."""
-
-    FAILED = "failed"
-    REFUSED = "refused"
-    HELD_BACK = "held back"
-    UNPROVEN = "promoted, not proven"
-    PROMOTED = "promoted"
-    UNCHANGED = "unchanged"
-    VERIFIED = "verified"
+    policy: str = "balanced"
+    """gate.policy."""
+    changed: tuple[str, ...] = ()
+    """Parts of the serving fingerprint that differ between reference and candidate."""
+    num_consults: int = 0
+    """How often candidates were judged on this gate split, this time included."""
+    best_ever: float | None = None
+    """Best value that the task ever had on these gate examples, this time included."""
+    contamination: tuple[str, ...] = ()
+    """Sentences about training examples that are (nearly) gate examples of some task."""
+    run_id: str = ""
+    """MLflow run of the candidate's training."""
 
 
 _OUTCOME_OF = {
     Decision.FAILED: Outcome.ERROR,
+    Decision.IN_PRODUCTION: Outcome.BLOCK,
     Decision.REFUSED: Outcome.BLOCK,
     Decision.HELD_BACK: Outcome.HOLD,
+    Decision.IN_DOUBT: Outcome.HOLD,
     Decision.UNPROVEN: Outcome.HOLD,
 }
-_SPOKEN_ORDER = (*list(Decision)[4:], *reversed(list(Decision)[:4]))
-"""Promoted, unchanged and verified tasks are counted first; the others follow with their names."""
-_NEXT_STEP = {
-    Outcome.ERROR: "What failed was not compared, so nothing is known about it: mend the error below and submit again.",
-    Outcome.BLOCK: "Read below what was lost, mend the examples, the instruction or the labels, and submit again.",
-    Outcome.HOLD: "There are too few gate examples to tell better from worse; the reasons below say how many would do.",
-    Outcome.CLEAR: "Nothing has to be done.",
-}
 
 
-def build_report(outcomes: Sequence[TaskOutcome], created: datetime, facts: Mapping[str, str]) -> dict[str, Any]:
-    """Gather every number of a submission into one JSON-able object. Shares are fractions 0..1; worst tasks first."""
-    max_flips = min(MAX_FLIPS, MAX_FLIPS_TOTAL // max(sum(outcome.verdict is not None for outcome in outcomes), 1))
-    tasks = sorted((_task(outcome, max_flips) for outcome in outcomes), key=lambda task: list(Decision).index(task["decision"]))
-    outcome = _OUTCOME_OF.get(tasks[0]["decision"], Outcome.CLEAR) if tasks else Outcome.CLEAR
+def build_report(
+    outcomes: Sequence[TaskOutcome],
+    created: datetime,
+    facts: Mapping[str, str],
+    release: Release | None = None,
+    events: Sequence[PromotionEvent] = (),
+    matrices: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Gather every number of a submission into one JSON-able object. Shares are fractions 0..1; worst tasks first.
+
+    `events` are all promotion events, this one last; `matrices` hold answers of every adapter on every task. The key `flips`
+    has every flip whole, and is written to flips.jsonl alone.
+    """
+    labels = {outcome.task: _labels_of(outcome) for outcome in outcomes}
+    errors = dict(release.errors) if release else {}
+    tasks = [_task(o, _elsewhere(labels, o.task), errors.pop(o.task, "")) for o in outcomes]
+    tasks.sort(
+        key=lambda task: (list(Decision).index(task["decision"]), task["verdict"]["difference"] if task["verdict"] else 0.0)
+    )
+    suspects, all_flips = _suspects(tasks), _cut_flips(tasks)
+    cells = events[-1].cells if events else {}
+    for task in tasks:
+        task["cell_state"] = str(cells[task["task"]].state) if task["task"] in cells else None
+    pooled = _pooled(release)
+    outcome = _outcome(tasks, pooled, is_error=bool(errors))
     report = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "outcome": outcome,
-        "sentence": _sentence(tasks),
-        "next_step": _NEXT_STEP[outcome],
+        "sentence": sentence_of(tasks, pooled, errors),
+        "evidence": evidence_of(tasks),
+        "next_step": next_step(outcome, tasks, pooled),
         "created": created.isoformat(timespec="seconds"),
+        "who": events[-1].who if events else "",
+        "event": events[-1].id if events else "",
         "facts": dict(facts),
-        "alpha": ALPHA,
+        "alpha": {"tasks": ALPHA_TASKS, "pooled": ALPHA_POOLED, "margin": ALPHA_MARGIN, "hard": ALPHA_HARD},
+        "fewest_losses": fewest_losses(ALPHA_TASKS),
+        "pooled": pooled,
         "axis": _axis(tasks),
         "tasks": tasks,
+        "suspects": suspects,
+        "history": history([*events[:-1], *(replace(event, outcome=outcome) for event in events[-1:])]),
+        "cross": [cross(matrix) for matrix in matrices],
+        "flips": all_flips,
     }
     return dict(json.loads(json.dumps(report, allow_nan=False)))
 
 
-def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
-    error = outcome.error or _problem(outcome)
+def _task(outcome: TaskOutcome, labels_elsewhere: Set[str], release_error: str) -> dict[str, Any]:
+    error = outcome.error or release_error or _problem(outcome)
     candidate, reference, verdict = outcome.candidate_report, outcome.reference_report, outcome.verdict
     if error:
         candidate = reference = verdict = None
-    num_examples = len(candidate.answers) if candidate else 0
-    change = (verdict.num_wins - verdict.num_losses) / num_examples if verdict else None
-    flips = _flips(candidate, reference) if candidate and reference else []
     task: dict[str, Any] = {
         "task": outcome.task,
         "description": outcome.description,
         "state": outcome.state,
         "decision": _decision(outcome, verdict, error),
         "error": error,
+        "policy": outcome.policy,
         "metric": outcome.metric,
         "minimum": outcome.minimum,
         "margin": outcome.margin,
@@ -134,18 +163,35 @@ def _task(outcome: TaskOutcome, max_flips: int) -> dict[str, Any]:
         "candidate": outcome.candidate,
         "reference": outcome.reference,
         "is_first_version": outcome.reference == "zero-shot",
-        "verdict": {**asdict(verdict), "accuracy_difference": change} if verdict else None,
-        "num_examples": num_examples,
+        "run_id": outcome.run_id,
+        "changed": sorted(outcome.changed),
+        "num_consults": outcome.num_consults,
+        "contamination": list(outcome.contamination),
+        "num_examples": len(candidate.answers) if candidate else 0,
         "gate_fingerprint": candidate.gate_fingerprint if candidate else "",
-        "candidate_result": _result(candidate, outcome.metric) if candidate else None,
-        "reference_result": _result(reference, outcome.metric) if reference else None,
-        "baselines": [_result(report, outcome.metric) for report in outcome.baselines] if candidate else [],
-        "calibration": _calibration(candidate) if candidate else None,
-        "labels": _labels(candidate, reference) if candidate and reference else [],
-        "flips": flips[:max_flips],
-        "num_flips_hidden": max(len(flips) - max_flips, 0),
+        "label_names": list(candidate.labels) if candidate else [],
+        "verdict": _numbers(verdict, candidate) if verdict and candidate else None,
+        "best_ever": outcome.best_ever,
+        "candidate_result": result(candidate, outcome.metric) if candidate else None,
+        "reference_result": result(reference, outcome.metric) if reference else None,
+        "baselines": [result(report, outcome.metric) for report in outcome.baselines] if candidate else [],
+        "flips": flips(candidate, reference) if candidate and reference else [],
+        "errors": anatomy(candidate, reference, labels_elsewhere) if candidate and reference else [],
+        "confusions": confusions(candidate, reference) if candidate and reference else [],
+        "labels": label_rows(candidate, reference) if candidate and reference else [],
+        "calibration": reliability(candidate) if candidate else None,
+        "reference_calibration": reliability(reference) if reference else None,
     }
     return {**task, "warnings": _warnings(task)}
+
+
+def _numbers(verdict: Verdict, candidate: EvalReport) -> dict[str, Any]:
+    num_examples = len(candidate.answers)
+    return {
+        **asdict(verdict),
+        "accuracy_difference": (verdict.num_wins - verdict.num_losses) / num_examples,
+        "num_more": verdict.examples_needed and verdict.examples_needed - num_examples,
+    }
 
 
 def _problem(outcome: TaskOutcome) -> str:
@@ -153,7 +199,7 @@ def _problem(outcome: TaskOutcome) -> str:
     if outcome.state == "failed":
         return "failed without a message; see the log"
     candidate, reference, verdict = outcome.candidate_report, outcome.reference_report, outcome.verdict
-    if (verdict or outcome.state == "judged") and not (candidate and reference and verdict):
+    if (verdict or outcome.state in ("judged", "rechecked")) and not (candidate and reference and verdict):
         return "judged, but its verdict or an eval report is missing"
     reports = [report for report in (candidate, reference, *outcome.baselines) if report]
     gates = {(report.gate_fingerprint, *(graded.id for graded in report.answers)) for report in reports}
@@ -171,8 +217,13 @@ def _problem(outcome: TaskOutcome) -> str:
 def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str) -> Decision:
     if error:
         return Decision.FAILED
+    if verdict and outcome.state == "rechecked":
+        found = {VerdictKind.REGRESSED: Decision.IN_PRODUCTION, VerdictKind.INCONCLUSIVE: Decision.IN_DOUBT}
+        return found.get(verdict.kind, Decision.VERIFIED_AGAIN)
     if verdict and not verdict.is_promoted:
         return Decision.REFUSED if verdict.kind is VerdictKind.REGRESSED else Decision.HELD_BACK
+    if verdict and outcome.policy == "advisory" and _is_against_advice(verdict):
+        return Decision.AGAINST_ADVICE
     if verdict:
         return Decision.UNPROVEN if verdict.kind is VerdictKind.INCONCLUSIVE else Decision.PROMOTED
     if outcome.state == "verified":
@@ -181,99 +232,92 @@ def _decision(outcome: TaskOutcome, verdict: Verdict | None, error: str) -> Deci
     return Decision.REFUSED if outcome.candidate not in (None, outcome.champion) else Decision.UNCHANGED
 
 
-def _result(report: EvalReport, metric: str) -> dict[str, Any]:
-    num_correct = sum(report.correct)
+def _is_against_advice(verdict: Verdict) -> bool:
+    """Whether a balanced gate would not have promoted it."""
+    return verdict.kind is VerdictKind.REGRESSED or (verdict.kind is VerdictKind.INCONCLUSIVE and verdict.difference < 0)
+
+
+def _pooled(release: Release | None) -> dict[str, Any] | None:
+    """The test of all changed tasks together."""
+    if release is None:
+        return None
     return {
-        "system": report.system,
-        "digest": report.digest,
-        "value": report.value(metric),
-        "token_f1": report.token_f1,
-        "num_correct": num_correct,
-        "accuracy": num_correct / len(report.answers),
-        "accuracy_interval": list(wilson(num_correct, len(report.answers))),
+        "tasks": sorted(release.pooled),
+        "num_losses": release.pooled_losses,
+        "num_wins": release.pooled_wins,
+        "p": release.pooled_p,
+        "is_drop": release.is_pooled_drop,
     }
 
 
-def _calibration(report: EvalReport) -> dict[str, float] | None:
-    errors = report.calibration_errors
-    return {"temperature": report.temperature, **errors} if errors else None
+def _outcome(tasks: Sequence[dict[str, Any]], pooled: Mapping[str, Any] | None, is_error: bool) -> Outcome:
+    """The worst of what counts; of a task under an advisory gate only a failure does."""
+    counted = [task["decision"] for task in tasks if task["policy"] != "advisory" or task["decision"] == Decision.FAILED]
+    found = [_OUTCOME_OF.get(decision, Outcome.CLEAR) for decision in counted]
+    if pooled and pooled["is_drop"]:
+        found.append(Outcome.BLOCK)
+    if is_error:
+        found.append(Outcome.ERROR)
+    return min(found, key=list(Outcome).index, default=Outcome.CLEAR)
 
 
-def _flips(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
-    """List the examples that only one side gets right: losses first, in each kind the surest candidate answer first."""
-    both = zip(candidate.answers, reference.answers, strict=True)
-    pairs = [(new, old) for new, old in both if new.is_right != old.is_right]
-    pairs.sort(key=lambda pair: (pair[0].is_right, -(pair[0].probability or 0.0)))
-    return [
-        {
-            "id": new.id,
-            "kind": "win" if new.is_right else "loss",
-            "text": _cut(new.text),
-            "gold": _cut(new.gold),
-            "reference_answer": _cut(old.answer),
-            "reference_probability": old.probability,
-            "candidate_answer": _cut(new.answer),
-            "candidate_probability": new.probability,
-        }
-        for new, old in pairs
-    ]
+def _labels_of(outcome: TaskOutcome) -> frozenset[str]:
+    report = outcome.candidate_report or outcome.reference_report
+    return frozenset(report.labels if report else ())
 
 
-def _labels(candidate: EvalReport, reference: EvalReport) -> list[dict[str, Any]]:
-    """Per label, worst first: its gate examples, how many each side gets right, what the candidate takes them for."""
-    gold = Counter(graded.gold for graded in candidate.answers)
-    right, before = (Counter(g.gold for g in side.answers if g.answer == g.gold) for side in (candidate, reference))
-    wrong = Counter((g.gold, g.answer) for g in candidate.answers if g.answer != g.gold).most_common()
-    rows = [
-        {
-            "label": label,
-            "num_examples": gold[label],
-            "num_correct": right[label],
-            "reference_num_correct": before[label],
-            "recall": right[label] / gold[label] if gold[label] else None,
-            "reference_recall": before[label] / gold[label] if gold[label] else None,
-            "mistaken_for": [{"answer": answer, "count": count} for (name, answer), count in wrong if name == label][:3],
-        }
-        for label in candidate.labels
-    ]
-    return sorted(rows, key=lambda row: (row["num_correct"] - row["reference_num_correct"], row["recall"] or 0.0))
+def _elsewhere(labels: Mapping[str, Set[str]], task: str) -> Set[str]:
+    return frozenset().union(*(found for name, found in labels.items() if name != task))
 
 
-def _warnings(task: dict[str, Any]) -> list[str]:
-    """Name what the verdict does not look at, such as a baseline that does better or a label that is never right now."""
+def _suspects(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test the recall of every label with a flip, note both p values in the tasks' rows, and list what looks suspicious."""
+    compared = [task for task in tasks if task["verdict"] and not task["is_first_version"]]
+    rows = {
+        (task["task"], row["label"]): row for task in compared for row in task["labels"] if row["num_losses"] + row["num_wins"]
+    }
+    found = label_tests({key: (row["num_losses"], row["num_wins"]) for key, row in rows.items()})
+    for key, (p_worse, p_corrected) in found.items():
+        rows[key].update(p_worse=p_worse, p_corrected=p_corrected)
+    suspects = sorted(
+        (key for key, (_, p_corrected) in found.items() if p_corrected < SUSPECT), key=lambda key: (found[key], key)
+    )
+    return [{"task": task, **rows[task, label]} for task, label in suspects]
+
+
+def _cut_flips(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave each task the flips that are shown, and return all of them."""
+    num_judged = max(sum(task["verdict"] is not None for task in tasks), 1)
+    most, most_text = min(MAX_FLIPS, MAX_FLIPS_TOTAL // num_judged), MAX_TEXT if num_judged <= FEW_TASKS else MAX_TEXT // 2
     found = []
-    if task["decision"] == Decision.REFUSED and not task["verdict"]:
-        found.append(f"{task['candidate']} did not pass before, and nothing has changed since")
-    value = task["candidate_result"]["value"] if task["candidate_result"] else 1.0
-    for base in task["baselines"]:
-        if base["value"] > value and base["system"] != task["reference"]:
-            found.append(f"{base['system']} is better: {percent(base['value'])} against {percent(value)}")
-    for row in task["labels"]:
-        if row["num_examples"] >= MIN_CLASS_EXAMPLES and row["reference_num_correct"] and not row["num_correct"]:
-            found.append(f"none of the {row['num_examples']} `{row['label']}` examples is right any more")
+    for task in tasks:
+        names = {name: task[f"{name}_result"]["system"] for name in ("reference", "candidate") if task["flips"]}
+        found += [{"task": task["task"], **names, **flip} for flip in task["flips"]]
+        task["num_flips_hidden"] = max(len(task["flips"]) - most, 0)
+        task["flips"] = [shown_flip(flip, most_text) for flip in task["flips"][:most]]
     return found
 
 
-def _sentence(tasks: Sequence[dict[str, Any]]) -> str:
-    """Say in one plain sentence what happened and what answers now."""
-    names: dict[str, list[str]] = {}
-    for task in sorted(tasks, key=lambda task: _SPOKEN_ORDER.index(task["decision"])):
-        is_regressed = task["verdict"] and task["decision"] == Decision.REFUSED and not task["is_first_version"]
-        word = "regressed" if is_regressed else task["decision"].replace(",", " but")
-        names.setdefault(word, []).append(task["task"])
-    parts = [f"{len(found)} {word}{'' if word in _SPOKEN_ORDER[:3] else f' ({_listed(found)})'}" for word, found in names.items()]
-    sentence = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(parts) or 'nothing to judge'}"
-    behind = [task for task in tasks if task["decision"] in (Decision.FAILED, Decision.REFUSED, Decision.HELD_BACK)]
-    if kept := [task["champion"] for task in behind if task["champion"]]:
-        sentence += f"; {_listed(kept)} still {'answers' if len(kept) == 1 else 'answer'}"
-    if silent := [task["task"] for task in behind if not task["champion"]]:
-        sentence += f"; nothing answers for {_listed(silent)}"
-    return sentence + "."
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = list(names) if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+def _warnings(task: dict[str, Any]) -> list[str]:
+    """Name what the verdict does not look at, such as a baseline that does better or a gate split that chose too often."""
+    found = []
+    if task["decision"] == Decision.REFUSED and not task["verdict"]:
+        found.append(f"{task['candidate']} did not pass before, and nothing has changed since")
+    candidate = task["candidate_result"]
+    value = candidate["value"] if candidate else 1.0
+    for base in task["baselines"]:
+        if base["value"] > value and base["system"] != task["reference"]:
+            found.append(f"{base['system']} is better: {percent(base['value'])} against {percent(value)}")
+    if candidate and task["best_ever"] is not None and value < task["best_ever"] - task["margin"]:
+        change = signed(value - task["best_ever"])
+        found.append(f"{change} points against the best it ever had on these examples ({percent(task['best_ever'])})")
+    if task["num_consults"] >= MANY_CONSULTS:
+        found.append(
+            f"its gate split has judged {task['num_consults']} candidates and flatters the one it chose: use new examples"
+        )
+    if candidate and candidate["num_truncated"]:
+        found.append(f"{candidate['num_truncated']} of {task['num_examples']} inputs were cut to fit max_length")
+    return [*found, *task["contamination"]]
 
 
 def _axis(tasks: Sequence[dict[str, Any]]) -> float:
@@ -282,7 +326,3 @@ def _axis(tasks: Sequence[dict[str, Any]]) -> float:
     shown = [task for task in judged if not task["is_first_version"]] or judged
     reach = max((abs(edge) for task in shown for edge in (*task["verdict"]["interval"], task["margin"])), default=0.0)
     return next(step for step in AXIS_STEPS if step >= min(reach, 1.0))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"

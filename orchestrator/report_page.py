@@ -1,9 +1,8 @@
-"""The report's files: report.json and one HTML page without network access; find the newest; shorten it for a terminal."""
+"""The report's files: an HTML page without network access, JSON, flips, JUnit, Markdown; find the newest; shorten it."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from multilora.errors import RequestError
 from orchestrator.config import OrchestratorConfig
+from orchestrator.files import write_whole
+from orchestrator.report_text import junit, markdown
+from orchestrator.report_words import MARKS, TONES, p_value, percent, points, signed
 
 
 class SummaryRow(NamedTuple):
@@ -27,14 +29,18 @@ class SummaryRow(NamedTuple):
 
 
 def write_report(report: dict[str, Any], folder: Path) -> Path:
-    """Write report.json and report.html into the folder, each whole or not at all; return the HTML file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(percent=percent, points=points, p_value=p_value)
-    page = environment.get_template("report.html.jinja").render(report=report)
-    _write(folder / "report.json", json.dumps(report, allow_nan=False) + "\n")
-    return _write(folder / "report.html", page)
+    """Write the report's five files into the folder, each whole or not at all; return the HTML file.
+
+    report.json has everything but `flips`, which are lines of flips.jsonl; it comes last, so who finds it finds the others.
+    """
+    flips = "".join(json.dumps(flip, allow_nan=False) + "\n" for flip in report["flips"])
+    write_whole(folder / "flips.jsonl", flips.encode())
+    write_whole(folder / "junit.xml", junit(report))
+    write_whole(folder / "report.md", _encoded(markdown(report)))
+    write_whole(folder / "report.html", _encoded(_page(report)))
+    kept = {name: value for name, value in report.items() if name != "flips"}
+    write_whole(folder / "report.json", json.dumps(kept, allow_nan=False).encode() + b"\n")
+    return folder / "report.html"
 
 
 def latest_report(config: OrchestratorConfig) -> tuple[dict[str, Any], Path]:
@@ -66,23 +72,13 @@ def summary_rows(report: dict[str, Any]) -> list[SummaryRow]:
     return rows
 
 
-def percent(value: float) -> str:
-    """0.1234 -> 12.3 %."""
-    return f"{100 * value:.1f} %"
+def _page(report: dict[str, Any]) -> str:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(percent=percent, points=points, signed=signed, p_value=p_value)
+    return environment.get_template("report.html.jinja").render(report=report, tones=TONES, marks=MARKS)
 
 
-def points(value: float) -> str:
-    """Format a difference of two shares in points, with its sign; what rounds to zero has none."""
-    return f"{100 * value:+.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
-
-
-def p_value(value: float) -> str:
-    """A p value as people read it."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def _write(path: Path, text: str) -> Path:
-    """Write through a temporary neighbour; a lone surrogate from a data file must not cost the report."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_bytes(text.encode("utf-8", errors="replace"))
-    return draft.replace(path)
+def _encoded(text: str) -> bytes:
+    """A lone surrogate from a data file must not cost the report."""
+    return text.encode("utf-8", errors="replace")

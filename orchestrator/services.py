@@ -34,7 +34,10 @@ def start_ui(config: OrchestratorConfig, port: int) -> str:
 
 
 def query(
-    task: str, item: str | Mapping[str, str] | Sequence[str], config: OrchestratorConfig | None = None, url: str | None = None
+    task: str,
+    item: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
+    config: OrchestratorConfig | None = None,
+    url: str | None = None,
 ) -> dict[str, Any]:
     """Ask the running endpoint. Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words."""
     config = config or OrchestratorConfig.from_environment()

@@ -96,6 +96,9 @@ TRANSITIONS: dict[tuple[Status, Event], Status] = {
     (Status.REJECTED, Event.FAILED): Status.FAILED,
     (Status.EVALUATED, Event.PROMOTED): Status.PROMOTED,
     (Status.EVALUATED, Event.REJECTED): Status.REJECTED,
+    # A person decided: rolled back, or promoted by force.
+    (Status.PROMOTED, Event.REJECTED): Status.REJECTED,
+    (Status.REJECTED, Event.PROMOTED): Status.PROMOTED,
     (Status.PROMOTED, Event.RECONSIDERED): Status.EVALUATED,
     (Status.REJECTED, Event.RECONSIDERED): Status.EVALUATED,
 }

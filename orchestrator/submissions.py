@@ -22,6 +22,7 @@ from pydantic import TypeAdapter
 from multilora.errors import CapacityError, Problem, RequestError
 from multilora.spec import TaskSpec
 from orchestrator.config import OrchestratorConfig
+from orchestrator.files import write_whole
 from orchestrator.plan import Plan
 
 ALL = "_all"
@@ -304,6 +305,7 @@ class Submissions:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Decide alone. Raises CapacityError where the storage's locks do not work."""
+        self._root.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self._root / ".lock").acquire(timeout=LOCK_TIMEOUT_S):
                 yield
@@ -323,10 +325,3 @@ class Submissions:
             and (state.status is SubmissionStatus.RUNNING or other.number < submission.number)
             and not (is_shared and tasks.isdisjoint(other.tasks))
         ]
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that readers see whole or not at all."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_bytes(content)
-    staging.replace(file)

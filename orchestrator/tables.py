@@ -1,4 +1,4 @@
-"""What the command line prints for people: plan, result and report as tables."""
+"""What the command line prints for people: plan, result, report and evidence as tables."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from orchestrator.cross import BASE
 from orchestrator.progress import Progress, plain_line
 from orchestrator.report_page import SummaryRow, summary_rows
+from orchestrator.report_words import percent, points
 from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
+    from orchestrator.aliases import VersionRow
+    from orchestrator.cross import CrossMatrix
+    from orchestrator.history import Cell, PromotionEvent
     from orchestrator.plan import Plan
     from orchestrator.room import TrainingGroup
+    from orchestrator.rungs import Ladder
     from orchestrator.status import TaskStatus
 
 
@@ -117,6 +124,8 @@ def print_result(result: SubmitResult) -> None:
     else:
         champions = ", ".join(task.champion or f"{task.task}: no champion" for task in result.tasks)
         print(f"Nothing changed, nothing to do. Champions: {champions}")
+        if result.outcome != "CLEAR":
+            print(f"{result.outcome}: what did not pass before does not pass now; why: orchestrator history TASK")
 
 
 def print_report(found: dict[str, Any], html: Path) -> None:
@@ -127,6 +136,54 @@ def print_report(found: dict[str, Any], html: Path) -> None:
     print_rich(table)
     print(f"{found['outcome']}: {found['sentence']}")
     print(f"report: {html}")
+
+
+def print_history(events: Sequence[tuple[PromotionEvent, Cell]], versions: Sequence[VersionRow]) -> None:
+    """Print what answered after every event, and what became of every version."""
+    table = table_of("when", "event", "by", "outcome", "answers", "metric", "state", "why")
+    for event, cell in events:
+        value = f"{cell.metric} {100 * cell.value:.1f} %" if cell.value is not None else ""
+        when = event.created.replace("T", " ").removesuffix("+00:00")
+        table.add_row(when, event.kind, event.who, event.outcome, cell.version or "nothing", value, cell.state, event.reason)
+    print_rich(table)
+    table = table_of("version", "alias", "verdict", "metric", "why", "decision")
+    for row in versions:
+        table.add_row(row.version, row.alias, row.verdict, row.value, row.reasons, row.decision)
+    print_rich(table)
+
+
+def print_matrix(matrix: CrossMatrix) -> None:
+    """Print every adapter on every task in percent, each task's own adapter bold, and what follows."""
+    table = table_of(matrix.base, *(f"{task}\n(n = {matrix.num_examples[task]})" for task in matrix.tasks))
+    for row in (BASE, *matrix.adapters):
+        cells = [(matrix.accuracy(row, task), row == matrix.own(task)) for task in matrix.tasks]
+        table.add_row(row, *(Text("-" if cell is None else percent(cell), "bold" if is_own else "") for cell, is_own in cells))
+    found = matrix.summary()
+    table.add_section()
+    table.add_row("best other", *(found["best_other"][task] or "-" for task in matrix.tasks))
+    advantages = [found["own_advantage"][task] for task in matrix.tasks]
+    table.add_row("own minus best other", *("-" if value is None else points(value) for value in advantages))
+    print_rich(table)
+    if found["num_pairs"]:
+        pairs = f"{found['num_pairs']} pair{'' if found['num_pairs'] == 1 else 's'} of an adapter and another's task"
+        print(f"forward transfer: {points(found['forward_transfer'])} points against the base, mean of {pairs}")
+
+
+def print_ladder(ladder: Ladder) -> None:
+    """Print one rung per row and what follows."""
+    table = table_of("rung", "system", "right", "accuracy", "lost", "won", "changed", "largest difference", "owner")
+    for rung in ladder.rungs:
+        shown = ["" if value is None else str(value) for value in (rung.num_lost, rung.num_won, rung.num_changed)]
+        accuracy = "" if rung.accuracy is None else percent(rung.accuracy)
+        difference = "" if rung.max_difference is None else f"{rung.max_difference:.1e}"
+        how = rung.how if rung.is_measured else "FAILED" if rung.is_fault else "skipped"
+        right = "" if rung.num_right is None else str(rung.num_right)
+        table.add_row(rung.name, how, right, accuracy, *shown, difference, rung.owner)
+    print_rich(table)
+    for rung in ladder.rungs:
+        if not rung.is_measured:
+            print(f"{rung.name}: {rung.skipped}")
+    print(f"{ladder.system} on {ladder.num_examples} of {ladder.num_gate} gate examples: {ladder.conclusion}")
 
 
 def table_of(*headings: str) -> Table:

@@ -309,9 +309,7 @@ class GroupTrainer:
         self._prefix.release(run.slot)
         self.slots.clear(run.slot)
 
-    def _score(
-        self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]], label_sets: Sequence[LabelSet]
-    ) -> list[Tensor]:
+    def _score(self, run: AdapterRun, token_rows: Sequence[tuple[int, ...]], label_sets: Sequence[LabelSet]) -> list[Tensor]:
         # An encoder has its labels' vectors already.
         reads_labels = self.base.family != "encoder"
         lengths = [

@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from orchestrator.cluster_size import ClusterSize
+from orchestrator.files import write_whole
 from orchestrator.room import Room, TrainingGroup
-from orchestrator.submissions import Submission, Submissions, write_whole
+from orchestrator.submissions import Submission, Submissions
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ class Work:
 
     key: str
     prompt: Prompt
+    asked_as: str | None = None
+    """Key whose labels are scored instead of the adapter's own, to see how it does on another task; the prompt is that key's."""
+
+    @property
+    def asked(self) -> str:
+        """Key of the task that is asked."""
+        return self.asked_as or self.key
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,7 @@ class Engine:
 
     def num_tokens(self, work: Work) -> int:
         """What a request costs in a forward pass, its labels or the longest text that it may get included."""
-        bound = self.bound(work.key)
+        bound = self.bound(work.asked)
         if bound.max_new_tokens:
             return len(work.prompt.token_ids) + bound.max_new_tokens
         return _num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, bound.labels))
@@ -157,10 +164,14 @@ class Engine:
         """Answer requests of any mix of adapters, also free-text ones, in order; all or nothing.
 
         Raises UnknownTaskError for a key that is not bound, AdapterError for an adapter whose scores are no numbers.
+        An adapter asked as another one needs that one bound, but not in a slot. RequestError unless both have labels.
         """
         answers: dict[int, Answer] = {}
         with self._lock, torch.inference_mode():
             bound_of = {work.key: self.bound(work.key) for work in works}
+            labels_of = {key: self.bound(key).labels for key in {work.asked for work in works}}
+            if any(work.asked_as and not (labels_of[work.asked].names and bound_of[work.key].labels.names) for work in works):
+                raise RequestError("an adapter can be asked as another only where both have labels")
             keys = list(bound_of)
             for first in range(0, len(keys), self._num_slots):
                 wave = keys[first : first + self._num_slots]
@@ -169,7 +180,7 @@ class Engine:
                 asked = [(works[i].prompt, slot_of[works[i].key], bound_of[works[i].key].max_new_tokens) for i in texts]
                 answers |= dict(zip(texts, self._write(asked), strict=True))
                 indices = [index for index, work in enumerate(works) if work.key in slot_of and index not in answers]
-                chosen = [(works[index], bound_of[works[index].key].labels) for index in indices]
+                chosen = [(works[index], labels_of[works[index].asked]) for index in indices]
                 rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
                 for index, (work, labels), scores in zip(indices, chosen, self._scores(rows), strict=True):
                     answers[index] = _answer(work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature)

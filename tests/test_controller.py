@@ -12,91 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_registry import FakeRegistry, Killed
 
-from multilora.registry import AdapterVersion, RunRecord
+from multilora.registry import AdapterVersion
 from multilora.spec import TaskSpec
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
 from orchestrator.curves import Curves
 from orchestrator.eval_report import EvalReport, Graded, store_reports
-from orchestrator.evaluation import Evaluation
+from orchestrator.evaluation import Checked, Evaluation
 from orchestrator.group_task import TrainEvent
 from orchestrator.prepare import prepare
+from orchestrator.release import judge_release
 from orchestrator.state import Action, Event, Status
 from orchestrator.trainer import GroupTrainer
 from orchestrator.training import Training, member_of
 
 OTHER = AdapterVersion("mood", 1, "digest", "other-run", {"run_key": "other-key"})
-
-
-class Killed(BaseException):
-    """The controller's process ends here."""
-
-
-class FakeRegistry:
-    """Keeps runs, versions and aliases; ends the process right after write number `kill_at`."""
-
-    def __init__(self):
-        self.runs, self.versions, self.aliases, self.metrics = {}, {}, {}, {}
-        self.num_writes, self.kill_at = 0, None
-
-    def _written(self):
-        self.num_writes += 1
-        if self.num_writes == self.kill_at:
-            raise Killed
-
-    def find_run(self, task, run_key):
-        tags = self.runs.get(f"{task}/{run_key}")
-        return None if tags is None else RunRecord(f"{task}/{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
-
-    def start_run(self, task, run_key, params, tags):
-        self.runs[f"{task}/{run_key}"] = dict(tags)
-        self._written()
-        return self.find_run(task, run_key)
-
-    def set_tags(self, run_id, tags):
-        self.runs[run_id].update(tags)
-        self._written()
-
-    def end_run(self, run_id, is_ok):
-        self._written()
-
-    def log_metrics(self, run_id, points):
-        self.metrics |= {name: value for name, value, _, _ in points}
-
-    def log_texts(self, run_id, texts):
-        pass
-
-    def version_of_run(self, run):
-        return next((version for version in self.versions.values() if version.run_id == run.run_id), None)
-
-    def register(self, run, adapter_dir, digest, model_code, description, tags):
-        if self.version_of_run(run) is None:
-            number = len(self.versions) + 1
-            self.versions[number] = AdapterVersion(run.task, number, digest, run.run_id, dict(tags))
-            self._written()
-        return self.version_of_run(run)
-
-    def tag_version(self, version, tags):
-        self.versions[version.version].tags.update(tags)
-        self._written()
-
-    def describe_version(self, version, description):
-        self._written()
-
-    def set_alias(self, version, alias):
-        self.aliases[alias] = version.version
-        self._written()
-
-    def drop_alias(self, task, alias):
-        self.aliases.pop(alias, None)
-        self._written()
-
-    def by_alias(self, task, alias):
-        return self.versions.get(self.aliases.get(alias))
-
-    def state(self):
-        return {"runs": self.runs, "versions": self.versions, "aliases": self.aliases}
 
 
 @pytest.fixture
@@ -146,7 +78,7 @@ class Submission:
             store_reports(self.config.answers_file(self.task.run_key), work.reports.values())
             if work.status is Status.REGISTERED:
                 controller.move(work, Event.EVALUATED)
-        controller.judge(work)
+        judge_release(controller, [work], Checked())
         return work
 
     def training(self, controller):
@@ -168,14 +100,15 @@ class Submission:
 
     def report(self, system, num_right):
         rows = enumerate(self.task.dataset.gate)
-        graded = (Graded(e.id, "", e.label, e.label if row < num_right else "wrong", 1.0, ()) for row, e in rows)
+        other = {"yes": "no", "no": "yes"}
+        graded = (Graded(e.id, "", e.label, e.label if row < num_right else other[e.label], 1.0, ()) for row, e in rows)
         return EvalReport("mood", system, "", self.task.dataset.gate_fingerprint, ("yes", "no"), tuple(graded))
 
 
 def registry_with(champion):
     registry = FakeRegistry()
     if champion:
-        registry.versions[OTHER.version], registry.aliases["champion"] = deepcopy(OTHER), OTHER.version
+        registry.versions[OTHER.version], registry.aliases["mood", "champion"] = deepcopy(OTHER), OTHER.version
     return registry
 
 
@@ -194,7 +127,8 @@ def test_a_submission_ends_with_the_right_aliases(num_right, has_champion, statu
     work = submission.run()
     assert work.status is status
     candidate = 2 if has_champion else 1
-    assert registry.aliases == ({"champion": candidate} if status is Status.PROMOTED else {"champion": 1, "challenger": 2})
+    aliases = {"champion": candidate} if status is Status.PROMOTED else {"champion": 1, "challenger": 2}
+    assert registry.aliases == {("mood", alias): version for alias, version in aliases.items()}
     if status is Status.PROMOTED:
         assert registry.versions[candidate].tags["previous_champion"] == ("1" if has_champion else "")
     num_writes = registry.num_writes

@@ -129,12 +129,31 @@ def test_splits_are_disjoint_complete_stratified_and_repeatable(tmp_path, seed):
         assert numbers == sorted(numbers)
 
 
-def test_another_seed_cuts_otherwise_and_another_file_name_does_not(tmp_path):
-    first = build_dataset(spec_of(write(tmp_path / "a.jsonl", rows_of(60))))
-    assert build_dataset(spec_of(write(tmp_path / "b.jsonl", rows_of(60)))) == first
-    other = build_dataset(spec_of(tmp_path / "a.jsonl", train_settings={"seed": 1}))
-    assert other.gate != first.gate
-    assert other.fingerprint != first.fingerprint
+def test_splits_depend_on_the_rows_alone(tmp_path):
+    """Not on the seed, the file's name or the order of its rows: the champion's training rows must stay out of the gate split."""
+    rows = rows_of(60)
+    first = build_dataset(spec_of(write(tmp_path / "a.jsonl", rows)))
+    assert build_dataset(spec_of(write(tmp_path / "b.jsonl", rows))) == first
+    assert build_dataset(spec_of(tmp_path / "a.jsonl", train_settings={"seed": 1})) == first
+    turned = build_dataset(spec_of(write(tmp_path / "c.jsonl", rows[::-1])))
+    for split in ("train", "select", "gate"):
+        assert {example.id for example in getattr(turned, split)} == {example.id for example in getattr(first, split)}
+
+
+def test_more_rows_move_hardly_any_row_into_the_gate_split(tmp_path):
+    rows = rows_of(600)
+    first = build_dataset(spec_of(write(tmp_path / "a.jsonl", rows[:500])))
+    second = build_dataset(spec_of(write(tmp_path / "b.jsonl", rows)))
+    moved = {example.id for example in first.train} & {example.id for example in second.gate}
+    assert len(moved) <= 0.02 * len(second.gate)
+
+
+def test_another_seed_takes_another_part_of_the_training_rows(tmp_path):
+    write(tmp_path / "a.jsonl", rows_of(60))
+    parts = [build_dataset(spec_of(tmp_path / "a.jsonl", train_settings={"seed": s, "max_examples": 10})) for s in (0, 0, 1)]
+    assert parts[0] == parts[1]
+    assert parts[0].train != parts[2].train
+    assert parts[0].gate == parts[2].gate
 
 
 def test_free_texts_are_split_at_random_however_often_they_repeat(tmp_path):

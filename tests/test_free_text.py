@@ -19,11 +19,13 @@ from multilora.errors import AdapterError
 from multilora.generate import answer_text, generate
 from multilora.prompt import encode_prompt
 from multilora.scoring import encode_answer
+from multilora.spec import GateSpec
+from orchestrator.comparison import Evidence
 from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem, EvalReport
 from orchestrator.evaluate import evaluate
 from orchestrator.group_task import Member
-from orchestrator.judge import GateInput, judge
+from orchestrator.judge import judge
 from orchestrator.report import TaskOutcome, build_report
 from orchestrator.report_page import summary_rows, write_report
 from orchestrator.trainer import GroupTrainer
@@ -224,7 +226,8 @@ def test_evaluation_has_the_base_alone_as_baseline_and_the_report_shows_both_met
     assert candidate.token_f1 is not None
     assert 0.5 < candidate.token_f1 < 1
     assert EvalReport.from_json(candidate.to_json()) == candidate
-    verdict = judge(GateInput(candidate.correct, base.correct, 0.5, base.value("accuracy"), 0.1, 0.02, True))
+    evidence = Evidence("shorten", GateSpec(min=0.1), candidate, base, is_first_version=True)
+    verdict = judge([evidence]).verdicts["shorten"]
     told = TaskOutcome("shorten", "", "judged", "accuracy", 0.1, 0.02, "shorten@1", "shorten@1", "zero-shot", verdict,
                        candidate, base, (base,))  # fmt: skip
     report = build_report([told], datetime(2026, 1, 1, tzinfo=UTC), {})

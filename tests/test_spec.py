@@ -316,8 +316,14 @@ def test_a_free_text_task_has_a_token_limit_that_decides_its_hash(load):
 
 
 def test_a_metric_over_labels_is_refused_for_a_free_text_task(write):
-    with pytest.raises(SpecError, match=r"gate.metric macro_f1 needs labels.*Fix: use accuracy for a free-text task"):
+    with pytest.raises(SpecError, match=r"gate.metric macro_f1 needs labels.*Fix: use accuracy or token_f1 for a free-text task"):
         load_task_specs([write(FREE_TEXT + "gate: {metric: macro_f1}\n")])
+
+
+def test_a_metric_over_words_is_for_free_texts_alone(write, load):
+    assert load(FREE_TEXT + "gate: {metric: token_f1}\n").gate.metric == "token_f1"
+    with pytest.raises(SpecError, match=r"gate.metric token_f1 is for free texts.*Fix: use accuracy or macro_f1"):
+        load_task_specs([write(SPEC + "gate: {metric: token_f1}\n")])
 
 
 def test_schema_file_is_fresh():

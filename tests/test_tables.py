@@ -8,11 +8,14 @@ from test_plan import MIXED_GPUS, THREE_GPUS, TWO_CPUS, needs
 
 from multilora.spec import ResourceSpec
 from orchestrator.config import OrchestratorConfig
+from orchestrator.cross import CrossColumn, CrossMatrix
+from orchestrator.dataset import Example
 from orchestrator.plan import Plan, plan_groups
+from orchestrator.rungs import Ladder, Reply, RungAnswers, build_rungs
 from orchestrator.state import Update
 from orchestrator.status import TaskStatus
 from orchestrator.submissions import PLANNED, Order, PlannedSubmission, State, Submissions, SubmissionStatus
-from orchestrator.tables import cost_of, device_of, print_log, print_status, show_event
+from orchestrator.tables import cost_of, device_of, print_ladder, print_log, print_matrix, print_status, show_event
 
 
 @pytest.mark.parametrize(
@@ -97,3 +100,33 @@ def test_status_says_what_runs_and_since_when(capsys):
     assert re.search(r"mood +v3 +4 +PROMOTED +better", out)
     assert re.search(r"submission-7: RUNNING since 19\d\d-\d\d-\d\d \d\d:\d\d:\d\d", out)
     assert "endpoint: not running" in out
+
+
+def test_a_matrix_shows_every_adapter_on_every_task_and_what_follows(capsys):
+    right = {"base": 5, "a@1": 9, "b@2": None}
+    columns = [CrossColumn("a", 10, right), CrossColumn("b", 20, {"base": 10, "a@1": 12, "b@2": 16})]
+    print_matrix(CrossMatrix.of("tiny base", {"a": 1, "b": 2}, columns, ""))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["base", "50.0", "%", "50.0", "%"] in lines
+    assert ["a@1", "90.0", "%", "60.0", "%"] in lines
+    assert ["b@2", "-", "80.0", "%"] in lines
+    assert ["best", "other", "-", "a@1"] in lines
+    assert ["own", "minus", "best", "other", "-", "+20.0"] in lines
+    assert "forward transfer: +10.0 points against the base, mean of 1 pair" in " ".join(lines[-1])
+
+
+def test_a_ladder_shows_every_rung_and_why_one_is_missing(capsys):
+    gate = [Example("1", {"text": "x"}, "yes"), Example("2", {"text": "y"}, "no")]
+    found = [
+        RungAnswers("zero-shot base", "transformers", (Reply("yes", (0.9, 0.1)), Reply("yes", (0.6, 0.4)))),
+        RungAnswers("offline", "PEFT", (Reply("yes", (0.9, 0.1)), Reply("no", (0.2, 0.8)))),
+        RungAnswers("engine alone", "engine", skipped="wrong base", is_fault=True),
+        RungAnswers("endpoint", "HTTP", skipped="start it with: orchestrator serve"),
+    ]
+    print_ladder(Ladder("a", "a@1", "tiny", 2, 9, build_rungs(found, gate), ""))
+    shown = capsys.readouterr().out
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["offline", "PEFT", "2", "100.0", "%", "0", "1", "1", "4.0e-01", "training"] in lines
+    assert ["engine", "alone", "FAILED", "engine"] in lines
+    assert "endpoint: start it with: orchestrator serve\n" in shown
+    assert "a@1 on 2 of 9 gate examples: training changes +50.0 points" in shown

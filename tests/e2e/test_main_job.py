@@ -78,6 +78,33 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     assert again == answer
     assert cli.run("query", "message-urgency", "The stairs are on fire.").split()[0] == "high"
 
+    _a_person_decides_otherwise(cli, url, texts, spoiled)
+
+
+def _a_person_decides_otherwise(cli: CommandLine, url: str, texts: list[str], spoiled: Path) -> None:
+    """Past the gate and back: the running endpoint follows, and the next submission does not undo it."""
+    # Both events are in the history and, with every face of the report, in MLflow.
+    events = cli.json("history", "question-type")["events"]
+    assert [(event["version"], event["state"]) for event in events] == [("question-type@1", "measured")] * 2
+    assert [event["outcome"] for event in events] == ["CLEAR", "BLOCK"]
+    logged = [
+        {file.name for file in page.parent.iterdir()}
+        for page in cli.workspace.glob("artifacts/regression-reports/*/artifacts/report.html")
+    ]
+    assert logged == [{"report.html", "report.json", "report.md", "junit.xml", "flips.jsonl"}] * 2
+
+    def version_now() -> int:
+        return int(
+            httpx.post(f"{url}/v1/classify", json={"model": "question-type", "input": texts}, timeout=60).json()["version"]
+        )
+
+    cli.run("promote", "question-type@2", "--force", "--reason", "the labels were rotated on purpose")
+    wait_for(lambda: version_now() == 2, 30)
+    assert cli.json("rollback", "question-type")["after"] == "question-type@1"
+    wait_for(lambda: version_now() == 1, 30)
+    assert "Nothing changed" in cli.run("submit", spoiled, code=3)  # the rolled-back version is not promoted again
+    assert version_now() == 1
+
 
 def _plain_peft(adapter: Path, spec_file: Path, texts: list[str]) -> list[list[float]]:
     """Label probabilities by transformers, PEFT and the card's temperature alone, one text at a time."""
