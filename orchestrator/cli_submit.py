@@ -167,9 +167,10 @@ def drive(folder: Path) -> None:
 def logs(
     task: Annotated[str, typer.Argument(help="Task name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the submission is over.")] = False,
+    as_json: Json = False,
     workspace: Workspace = None,
 ) -> None:
-    """Show what happened to a task in its newest submission, and what its worker logged."""
+    """Show what happened to a task in its newest submission, and what its worker logged (with --json the events alone)."""
     from orchestrator import launch, tables
     from orchestrator.submissions import Submissions
 
@@ -180,12 +181,18 @@ def logs(
             raise RequestError(f"no submission in {config.workspace} has a task {task}; see: orchestrator status")
         submission = found[0]
         events = launch.Follower(submission, _runner(config)) if follow else submission.events()[0]
-        tables.print_log(submission, task, events)
+        if as_json:
+            for event in events:
+                if event.get("task") in (task, None):  # None: it concerns every task
+                    print(json.dumps(event), flush=True)
+        else:
+            tables.print_log(submission, task, events)
 
 
 @submit_app.command(epilog="Example: orchestrator cancel client-talk")
 def cancel(
     name: Annotated[str, typer.Argument(help="Task name, or submission-N.")],
+    as_json: Json = False,
     workspace: Workspace = None,
 ) -> None:
     """End a task or a whole submission: workers save, GPUs come back; submitting again continues."""
@@ -194,4 +201,8 @@ def cancel(
 
     config = config_of(workspace)
     with errors():
-        print(launch.cancel(Submissions(config.workspace), name, _runner(config)))
+        happened = launch.cancel(Submissions(config.workspace), name, _runner(config))
+    if as_json:
+        print_json({"cancelled": name, "message": happened})
+    else:
+        print(happened)

@@ -30,6 +30,7 @@ from orchestrator.pace import Pace
 from orchestrator.plan import Plan, TaskNeed, plan_groups
 from orchestrator.prepare import PreparedTask, git_sha, prepare
 from orchestrator.release import ReleaseRecord, judge_release, results_of
+from orchestrator.room import Homes
 from orchestrator.session import RaySession, held_interrupt
 from orchestrator.state import Action, Status, Update
 from orchestrator.submissions import (
@@ -196,8 +197,12 @@ class Driver:
         curves = Curves(submission.folder / "curves", Registry(config.registry_uri, config.artifact_root), self._registry)
         turns = Turns(self._submissions, submission, size, limited(size, config))
 
+        homes = Homes(plan.groups, time.monotonic)
+
         def wishes() -> Mapping[str, str]:
             found = self._wishes()
+            if config.ray_address:  # this machine does not lose itself
+                found = {**homes.lost(lambda: cluster_size(config)), **found}
             return dict.fromkeys((work.task for work in works), found[ALL]) if ALL in found else found
 
         Training(config, controller, curves, self._update).run(works, plan.groups, turns.next, wishes, submission.worker_log)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,6 +12,8 @@ from orchestrator.cluster_size import ClusterSize, Labels
 
 Place = tuple[str | None, Labels]
 """Kind of GPU and labels: what a group asks of its nodes."""
+GRACE_S, LOOK_EVERY_S = 600.0, 30.0
+"""How long a group waits for a node that is gone to come back, and how often somebody looks."""
 ROUNDING = 1e-6
 """Ten tenths of a GPU add up to a little more or less than one."""
 
@@ -87,6 +90,40 @@ class Room:
             (sum(node.cpus for node in there.values()), sum(node.gpus for node in there.values())),
             (sum(node.cpus for node in outside), sum(node.gpus for node in outside)),
         )
+
+
+class Homes:
+    """Which groups no node can hold any more. Nodes go, and mostly come back: a group is lost after the grace time alone."""
+
+    def __init__(self, groups: Sequence[TrainingGroup], clock: Callable[[], float], grace_s: float = GRACE_S) -> None:
+        self._groups, self._clock, self._grace_s = groups, clock, grace_s
+        self._since: dict[str, float] = {}
+        self._looked_at = -math.inf
+
+    def lost(self, size_now: Callable[[], ClusterSize]) -> dict[str, str]:
+        """Say why, by task; looks at the cluster every half a minute."""
+        now = self._clock()
+        if now - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at, size = now, size_now()
+            homeless = {group.group_id for group in self._groups if not _has_home(group, size)}
+            self._since = {name: self._since.get(name, now) for name in homeless}
+        lost = [group for group in self._groups if now - self._since.get(group.group_id, now) >= self._grace_s]
+        return {task: _loss(group, self._grace_s) for group in lost for task in group.members}
+
+
+def _has_home(group: TrainingGroup, size: ClusterSize) -> bool:
+    nodes = size.nodes_for(*_place_of(group)).values()
+    return sum(node.num_workers(group.gpus, group.cpus) for node in nodes) >= group.workers
+
+
+def _loss(group: TrainingGroup, grace_s: float) -> str:
+    wanted = [f"{group.gpus:g} GPUs" if group.gpus else "", f"{group.cpus:g} CPUs", group.accelerator or ""]
+    labels = [f"{name}={value}" for name, value in group.node_labels]
+    needed = f"{group.workers} x {' '.join(filter(None, [*wanted, *labels]))}"
+    return (
+        f"no node has had room for {needed} for {grace_s / 60:.0f} minutes: "
+        "add nodes or change resources, then submit again to continue"
+    )
 
 
 def _place_of(group: TrainingGroup) -> Place:
