@@ -7,10 +7,12 @@ import time
 
 import pytest
 from test_submissions import order_of, submissions  # noqa: F401  fixture
+from typer.testing import CliRunner
 
 from multilora.errors import CapacityError, RequestError
 from orchestrator import launch
-from orchestrator.submissions import ALL, SubmissionStatus
+from orchestrator.cli import app
+from orchestrator.submissions import ALL, Submissions, SubmissionStatus
 
 
 class ThreadRunner:
@@ -162,3 +164,14 @@ def test_a_local_driver_lives_apart_and_is_killed_with_its_children(submissions,
     assert not runner.is_alive(submission.job)
     runner.kill(submission.job)
     assert not runner.is_alive(f"{submission.job.split()[0]} 1.0"), "another process with a reused pid"
+
+
+def test_logs_and_cancel_speak_json(tmp_path):
+    submission = Submissions(tmp_path).create(order_of(tmp_path, "mood", "mail"))
+    events = [{"plan": {}}, {"task": "mood", "status": "TRAINING"}, {"task": "mail", "status": "TRAINING"}, {"warning": "away"}]
+    submission.events_file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    shown = CliRunner().invoke(app, ["logs", "mood", "--json", "--workspace", str(tmp_path)])
+    assert [json.loads(line) for line in shown.output.splitlines()] == [events[0], events[1], events[3]]
+    gone = CliRunner().invoke(app, ["cancel", submission.id, "--json", "--workspace", str(tmp_path)])
+    assert json.loads(gone.output)["cancelled"] == submission.id
+    assert submission.state.status is SubmissionStatus.CANCELLED
