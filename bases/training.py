@@ -51,7 +51,7 @@ SMALL = Size(d_model=128, d_ff=320, num_layers=2, num_decoder_layers=1, num_head
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. What differs from the run that wrote a checkpoint ends the resume, but for the minutes and the machine."""
+    """One run. `decisive` settings must be those of the checkpoint that a run goes on from; the rest may suit the machine."""
 
     data: Path
     out: Path
@@ -79,7 +79,7 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Return what a checkpoint depends on."""
-        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "learning_rate", "batch_tokens", "seed")
+        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "learning_rate", "seed")
         return {name: asdict(self)[name] for name in kept}
 
 
@@ -252,7 +252,8 @@ class Training:
     def _load(self) -> Position:
         with safe_open(self.file, framework="pt", device="cpu") as saved:
             header = saved.metadata()
-            if json.loads(header["settings"]) != json.loads(json.dumps(self.settings.decisive())):
+            written, given = json.loads(header["settings"]), json.loads(json.dumps(self.settings.decisive()))
+            if {name: written.get(name) for name in given} != given:
                 raise DataError(f"{self.file} was written with other settings: {header['settings']}; choose another --out")
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  no mapping
         for name, parameter in self.model.named_parameters():
