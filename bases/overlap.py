@@ -38,6 +38,8 @@ class JudgingTexts:
 
     def has_none_of(self, text: str) -> bool:
         """Whether a training text shares nothing with them."""
+        if not self.num_texts:
+            return True
         words = _words(text)
         return hash(tuple(words)) not in self.wholes and self.sequences.isdisjoint(_sequences(words))
 

@@ -29,43 +29,56 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, 
 
 from bases.corpus import encode_lines, mixed_lines, read_texts, save_array, train_tokenizer
 from bases.heldout import Heldout
-from bases.mixture import read_mixture
+from bases.mixture import Mixture, read_mixture
 from bases.overlap import JudgingTexts
 from bases.training import MINI, SMALL, Prepared, Settings, Show, Training
 
 
 def prepare(settings: Settings, say: Callable[[str], None]) -> Prepared:
     """Read the data, drop what overlaps, train the tokenizer and tokenise; what takes long is kept in `out`."""
-    tests = JudgingTexts.read(settings.data)
-    texts = read_texts(settings.data, settings.corpus_part, settings.seed)
-    num_read = sum(map(len, texts.values()))
-    texts = {name: [line for line in lines if tests.has_none_of(line)] for name, lines in texts.items()}
-    num_kept = sum(map(len, texts.values()))
-    dropped_inputs: list[str] = []
-
-    def is_clean(text: str) -> bool:
-        if tests.has_none_of(text):
-            return True
-        dropped_inputs.append(text)
-        return False
-
-    mixture = read_mixture(settings.data, texts, is_clean)
-    overlap = {"test_texts": tests.num_texts, "corpus_lines": num_read, "corpus_lines_dropped": num_read - num_kept,
-               "instruction_rows": sum(map(len, mixture.rows.values())),
-               "instruction_rows_dropped": len(dropped_inputs)}  # fmt: skip
-    say(f"overlap with the judging tasks: {json.dumps(overlap)}")
-    (settings.out / "overlap.json").write_text(json.dumps({**overlap, "dropped_inputs": dropped_inputs}, indent=1) + "\n")
-    lines = mixed_lines(texts, settings.seed)
     folder, tokens_file = settings.out / "tokenizer", settings.out / "tokens.npy"
-    if not tokens_file.exists():  # written last: the tokenizer beside it is then whole
+    is_resumed = tokens_file.exists()  # it is written last: what stands beside it is then whole
+    texts, mixture = read_clean(settings, say, is_resumed)
+    lines = mixed_lines(texts, settings.seed)
+    if not is_resumed:
         say(f"training a tokenizer on {len(lines)} lines")
         train_tokenizer(lines, settings.size.vocab_size).save_pretrained(folder)
     tokenizer = T5Tokenizer.from_pretrained(folder)
-    if not tokens_file.exists():
+    if not is_resumed:
         save_array(encode_lines(tokenizer, lines), tokens_file)
     tokens = np.load(tokens_file, mmap_mode="r")
     say(f"{len(tokens) / 1e6:.1f}M tokens of text, {len(tokens) / sum(len(line.split()) for line in lines):.2f} a word")
     return Prepared(tokenizer, tokens, mixture, Heldout.read(settings.data, settings.heldout_rows))
+
+
+def read_clean(settings: Settings, say: Callable[[str], None], is_resumed: bool) -> tuple[dict[str, list[str]], Mixture]:
+    """Read corpus and instructions without what shares text with the judging tasks; overlap.json says how much that was."""
+    report = settings.out / "overlap.json"
+    dropped: list[str] = json.loads(report.read_text(encoding="utf-8"))["dropped"] if is_resumed else []
+    known = frozenset(dropped)
+    tests = JudgingTexts(frozenset(), frozenset(), 0) if is_resumed else JudgingTexts.read(settings.data)
+
+    def is_clean(text: str) -> bool:
+        if text in known:
+            return False
+        if tests.has_none_of(text):
+            return True
+        dropped.append(text)
+        return False
+
+    texts = read_texts(settings.data, settings.corpus_part, settings.seed)
+    num_lines = sum(map(len, texts.values()))
+    if known or not is_resumed:
+        texts = {name: [line for line in lines if is_clean(line)] for name, lines in texts.items()}
+    num_lines_dropped = len(dropped)
+    mixture = read_mixture(settings.data, texts, is_clean)
+    if not is_resumed:
+        counts = {"test_texts": tests.num_texts, "corpus_lines": num_lines, "corpus_lines_dropped": num_lines_dropped,
+                  "instruction_rows": sum(map(len, mixture.rows.values())),
+                  "instruction_rows_dropped": len(dropped) - num_lines_dropped}  # fmt: skip
+        say(f"overlap with the judging tasks: {json.dumps(counts)}")
+        report.write_text(json.dumps({**counts, "dropped": dropped}, indent=1) + "\n", encoding="utf-8")
+    return texts, mixture
 
 
 def export(training: Training, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -51,12 +52,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     (data / "corpus").mkdir()
     for name in CORPUS:
         (data / "corpus" / f"{name}.txt.xz").symlink_to(SHARED / "corpus" / f"{name}.txt.xz")
-    (data / "instructions").symlink_to(SHARED / "instructions")
+    (data / "instructions").mkdir()
+    heldout = (SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8")  # small, and has rows of every task
+    (data / "instructions" / "tasks.json").symlink_to(SHARED / "instructions" / "tasks.json")
+    (data / "instructions" / "heldout.jsonl").write_text(heldout, encoding="utf-8")
+    (data / "instructions" / "open.jsonl.xz").write_bytes(lzma.compress(heldout.encode(), preset=0))
     (data / "tasks" / "leaky").mkdir(parents=True)
-    row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    row = json.loads(heldout.split("\n")[0])
     (data / "tasks" / "leaky" / "test.jsonl").write_text(json.dumps({"text": row["input"], "label": "x"}) + "\n")
     return Settings(
-        data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.3, steps=12, spans_until=0.3,
+        data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.05, steps=12, spans_until=0.3,
         batch_tokens=512, checkpoint_steps=4, heldout_rows=1, log_s=0,
     )  # fmt: skip
 
@@ -73,7 +78,7 @@ def test_tokenizer_loads_as_t5_and_gives_texts_back(settings: Settings, prepared
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (PAD, EOS, 2)
     assert len(tokenizer) == TINY.vocab_size
     assert tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [TINY.vocab_size - 1, TINY.vocab_size - 100]
-    for text in ("The battery life is good, but the screen isn't.", "Wait <extra_id_3> there"):
+    for text in ("The battery life is good, but the screen isn't.", "Wait<extra_id_3> there"):
         ids = tokenizer(text)["input_ids"]
         assert ids == prepared.tokenizer(text)["input_ids"]
         assert ids[-1] == EOS
@@ -167,7 +172,7 @@ def test_loss_falls_and_the_export_scores_like_the_recipe(settings: Settings, pr
     assert np.mean(spans[-3:]) < np.mean(spans[:3]) - 0.5
     export(training, tmp_path / "model")
     base = load_base(BaseSpec(model=str(tmp_path / "model"), dtype="bfloat16"), "cpu")
-    row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").strip().split("\n")[-1])
     drawn = plain_row(read_tasks(SHARED)[row["task"]], row)
     prompt_format = drawn.prompt_format(256)
     prompt = encode_prompt(prompt_format, {"text": drawn.text}, base.tokenizer).token_ids
