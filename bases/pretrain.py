@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def export(training: Training, folder: Path) -> None:
     """Write the folder that transformers and this project load: bf16 weights, config, tokenizer."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    training.model.to(torch.bfloat16).save_pretrained(partial)
+    deepcopy(training.model).to(torch.bfloat16).save_pretrained(partial)
     training.prepared.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -148,9 +149,9 @@ def main() -> None:
         say(f"{training.model.num_parameters() / 1e6:.1f}M parameters on {training.device}")
         training.run()
         training.save()
-        training.judge()
         export(training, settings.out / "model")
         say(f"exported {settings.out / 'model'}")
+        training.judge()
 
 
 if __name__ == "__main__":
