@@ -1,0 +1,1 @@
+"""Base models that this project makes itself, and the recipes that make them."""

@@ -1,0 +1,127 @@
+"""Batches of few fixed shapes, each a pure function of a seed and its number, so that a resumed run goes on with the next one.
+
+Dims: B rows, T input positions, U target positions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bases.corpus import corrupt_spans, target_length, text_length
+from bases.mixture import Drawn, Mixture
+from multilora.errors import DataError
+from multilora.prompt import encode_prompt
+
+PAD, EOS, IGNORED = 0, 1, -100
+SPAN_INPUT_TOKENS = 128
+INPUT_LENGTHS = (32, 64, 96, 128, 192, 256)
+TARGET_LENGTHS = (8, 32, 64)
+EXAMPLES_IN_CHUNK = 1024
+SPAN_BATCHES_IN_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded rows; targets that do not count are -100."""
+
+    ids_BT: Tensor
+    targets_BU: Tensor
+    kind: str
+    num_tokens: int
+    """Input and target tokens that are no padding."""
+
+
+class SpanChunks(Dataset[list[Batch]]):
+    """Chunk number -> batches of span corruption at random places of the corpus."""
+
+    def __init__(self, tokens: NDArray[np.uint16], first_sentinel: int, batch_tokens: int, seed: int) -> None:
+        self.tokens, self.first_sentinel, self.seed = tokens, first_sentinel, seed
+        self.num_rows = max(1, batch_tokens // SPAN_INPUT_TOKENS)
+
+    def __getitem__(self, number: int) -> list[Batch]:
+        rng = np.random.default_rng((self.seed, 0, number))
+        length = text_length(SPAN_INPUT_TOKENS)
+        batches = []
+        for _ in range(SPAN_BATCHES_IN_CHUNK):
+            starts = rng.integers(0, len(self.tokens) - length, self.num_rows)
+            rows = [
+                corrupt_spans(self.tokens[start : start + length].astype(np.int64), self.first_sentinel, EOS, rng)
+                for start in starts
+            ]
+            width = -target_length(length) // 32 * -32
+            batches.append(padded("spans", rows, self.num_rows, SPAN_INPUT_TOKENS, width))
+        return batches
+
+
+class InstructionChunks(Dataset[list[Batch]]):
+    """Chunk number -> batches of worded examples, sorted into few shapes."""
+
+    def __init__(self, mixture: Mixture, tokenizer: Any, batch_tokens: int, seed: int) -> None:
+        self.mixture, self.tokenizer, self.batch_tokens, self.seed = mixture, tokenizer, batch_tokens, seed
+
+    def __getitem__(self, number: int) -> list[Batch]:
+        rng = random.Random(f"{self.seed} instructions {number}")
+        encoded = [row for _ in range(EXAMPLES_IN_CHUNK) if (row := encode(self.mixture.draw(rng), self.tokenizer))]
+        batches = []
+        for width in TARGET_LENGTHS:
+            narrower = [other for other in TARGET_LENGTHS if other < width]
+            rows = [row for row in encoded if max(narrower, default=0) < len(row[1]) <= width]
+            rows.sort(key=lambda row: len(row[0]), reverse=True)
+            while rows:
+                length = _at_least(len(rows[0][0]), INPUT_LENGTHS)
+                num_rows = max(1, self.batch_tokens // length)
+                batches.append(padded("instructions", rows[:num_rows], num_rows, length, width))
+                rows = rows[num_rows:]
+        rng.shuffle(batches)
+        return batches
+
+
+def encode(drawn: Drawn, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Tokenise an example as training and serving do; None where its labels alone are too long, or its answer."""
+    try:
+        prompt = encode_prompt(drawn.prompt_format(INPUT_LENGTHS[-1]), {"text": drawn.text}, tokenizer)
+    except DataError:
+        return None
+    answer_ids = tokenizer(drawn.answer)["input_ids"]
+    return (prompt.token_ids, answer_ids) if len(answer_ids) <= TARGET_LENGTHS[-1] else None
+
+
+def padded(kind: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], num_rows: int, length: int, width: int) -> Batch:
+    """Write rows into one shape; missing rows hold an end token that no target belongs to."""
+    ids_BT = np.full((num_rows, length), PAD, dtype=np.int64)
+    targets_BU = np.full((num_rows, width), IGNORED, dtype=np.int64)
+    ids_BT[len(rows) :, 0] = EOS
+    for index, (source, target) in enumerate(rows):
+        ids_BT[index, : len(source)] = source
+        targets_BU[index, : len(target)] = target
+    num_tokens = sum(len(source) + len(target) for source, target in rows)
+    return Batch(torch.from_numpy(ids_BT), torch.from_numpy(targets_BU), kind, num_tokens)
+
+
+def stream(chunks: Dataset[list[Batch]], position: tuple[int, int], num_loaders: int) -> Iterator[tuple[Batch, tuple[int, int]]]:
+    """Give batches from (chunk, batch in chunk) on, each with the position that follows it."""
+    chunk, start = position
+    numbers = range(chunk, chunk + 10_000_000)
+    loader = DataLoader(chunks, batch_size=None, sampler=numbers, num_workers=num_loaders, collate_fn=_as_it_is)
+    for number, batches in zip(numbers, loader, strict=False):
+        for index in range(start, len(batches)):
+            is_last = index + 1 == len(batches)
+            yield batches[index], (number + 1, 0) if is_last else (number, index + 1)
+        start = 0
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def _at_least(length: int, allowed: Sequence[int]) -> int:
+    return next(choice for choice in allowed if choice >= length)

@@ -1,0 +1,185 @@
+"""Plain text for a T5: which lines are read, the tokenizer, span corruption, and first word vectors. Knows no model.
+
+Dims: V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import T5Tokenizer
+
+Ids = NDArray[np.int64]
+
+SHARES = {"literature_gutenberg": 0.15, "medquad": 0.3, "dialogue_sgd": 0.6, "us_presidents": 0.5}
+"""Part of a file's lines that is read, where it is not all of them: old novels are 61 % of the corpus, medquad is formulaic."""
+NUM_SENTINELS = 100
+VOCAB_SIZE = 12288
+"""Sentinels included. 8k pieces make texts a tenth longer; with 16k too many pieces are met too rarely in a few hours of CPU."""
+TOKENIZER_CHARACTERS = 8_000_000
+NOISE_DENSITY, MEAN_SPAN_TOKENS = 0.15, 3
+WINDOW_TOKENS = 5
+NUM_SPECIAL = 3
+"""<pad>, </s>, <unk> are the first ids."""
+PAIRS_AT_ONCE = 30_000_000
+
+
+def read_texts(data: Path, part: float, seed: int) -> dict[str, list[str]]:
+    """Read the corpus, file name -> shuffled lines: of each file its share, and of that `part`."""
+    rng = random.Random(seed)
+    texts = {}
+    for file in sorted((data / "corpus").glob("*.txt.xz")):
+        name = file.name.removesuffix(".txt.xz")
+        share = SHARES.get(name, 1.0) * part
+        with lzma.open(file, "rt", encoding="utf-8") as stream:
+            texts[name] = [line.strip() for line in stream if rng.random() < share]
+        rng.shuffle(texts[name])
+    return texts
+
+
+def mixed_lines(texts: Mapping[str, Sequence[str]], seed: int) -> list[str]:
+    """Put the lines of all files into one random order."""
+    lines = [line for file_lines in texts.values() for line in file_lines]
+    random.Random(seed).shuffle(lines)
+    return lines
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> T5Tokenizer:
+    """Train a Unigram vocabulary in T5's layout: <pad> </s> <unk>, pieces, <extra_id_99> ... <extra_id_0>.
+
+    Two trainings on the same texts differ in the last digits of the scores: the trainer's threads add in any order.
+    """
+    trained = Tokenizer(models.Unigram())
+    metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+    # T5's class splits at white space only; splitting here too keeps "music." and "music?" from becoming pieces of their own.
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), metaspace, pre_tokenizers.Punctuation("isolated"), pre_tokenizers.Digits()]
+    )
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size - NUM_SENTINELS, special_tokens=special, unk_token="<unk>", max_piece_length=16, show_progress=False
+    )
+    trained.train_from_iterator(_up_to(texts, TOKENIZER_CHARACTERS), trainer)
+    vocab = {piece: score for piece, score in _pieces(trained) if piece not in special}
+    # T5's tokenizer class rebuilds everything but the pieces, so the sentinels must stand among them to keep these ids.
+    rows = [(piece, 0.0) for piece in special] + list(vocab.items())
+    rows += [(f"<extra_id_{number}>", 0.0) for number in reversed(range(NUM_SENTINELS))]
+    return T5Tokenizer(vocab=rows, extra_ids=NUM_SENTINELS)
+
+
+def sentinel_id(tokenizer: T5Tokenizer) -> int:
+    """Return the id of <extra_id_0>; the following sentinels count down from it."""
+    return int(tokenizer.convert_tokens_to_ids("<extra_id_0>"))
+
+
+def encode_lines(tokenizer: T5Tokenizer, lines: Sequence[str]) -> NDArray[np.uint16]:
+    """Tokenise all lines into one array, each ended by </s>."""
+    backend, parts = tokenizer.backend_tokenizer, []
+    for start in range(0, len(lines), 2000):
+        for encoding in backend.encode_batch_fast(lines[start : start + 2000]):
+            parts.append(np.array(encoding.ids, dtype=np.uint16))
+    return np.concatenate(parts)
+
+
+def save_array(array: NDArray[np.uint16], file: Path) -> None:
+    """Write an array so that the file is whole or not there."""
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, array)
+    os.replace(partial, file)
+
+
+def text_length(input_length: int) -> int:
+    """Return how many tokens of text become exactly `input_length` tokens of corrupted input, </s> included."""
+    length = input_length
+    while True:
+        num_noise, num_spans = _noise(length + 1)
+        if length + 1 - num_noise + num_spans + 1 > input_length:
+            return length
+        length += 1
+
+
+def target_length(num_text_tokens: int) -> int:
+    """Return the length of the target that belongs to so many tokens of text, </s> included."""
+    num_noise, num_spans = _noise(num_text_tokens)
+    return num_noise + num_spans + 1
+
+
+def corrupt_spans(ids: Ids, first_sentinel: int, eos: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
+    """Hide spans: the input shows a sentinel for each, the target each sentinel and what it hides. Source: T5, section 3.1.4."""
+    num_noise, num_spans = _noise(len(ids))
+    kept, hidden = _parts(len(ids) - num_noise, num_spans, rng), _parts(num_noise, num_spans, rng)
+    source: list[Ids] = []
+    target: list[Ids] = []
+    start = 0
+    for number, (num_kept, num_hidden) in enumerate(zip(kept, hidden, strict=True)):
+        sentinel = np.array([first_sentinel - number])
+        middle, end = start + num_kept, start + num_kept + num_hidden
+        source += [ids[start:middle], sentinel]
+        target += [sentinel, ids[middle:end]]
+        start = end
+    return np.concatenate([*source, [eos]]), np.concatenate([*target, [eos]])
+
+
+def word_vectors(tokens: NDArray[np.uint16], vocab_size: int, dim: int, seed: int) -> Tensor:
+    """Make first embeddings [V, H] of unit variance from which pieces stand near which: PPMI, then a truncated SVD.
+
+    Counting reads the whole corpus in seconds, which gradient steps on a CPU cannot. Source of the weighting: Levy, Goldberg
+    and Dagan 2015 (context counts to the power 0.75, square root of the singular values).
+    """
+    counts_VV = np.zeros((vocab_size, vocab_size), dtype=np.float32)
+    for distance in range(1, WINDOW_TOKENS + 1):
+        for start in range(0, len(tokens) - distance, PAIRS_AT_ONCE):
+            left = tokens[start : min(start + PAIRS_AT_ONCE, len(tokens) - distance)].astype(np.int64)
+            pairs = left * vocab_size + tokens[start + distance : start + distance + len(left)]
+            counts_VV += (np.bincount(pairs, minlength=vocab_size**2) / distance).reshape(counts_VV.shape)
+    matrix_VV = torch.from_numpy(counts_VV)
+    matrix_VV += matrix_VV.T.clone()
+    matrix_VV[:NUM_SPECIAL] = 0
+    matrix_VV[:, :NUM_SPECIAL] = 0
+    row_V, column_V = matrix_VV.sum(1), matrix_VV.sum(0) ** 0.75
+    matrix_VV *= column_V.sum()
+    matrix_VV /= row_V[:, None].clamp_min(1) * column_V[None].clamp_min(1)
+    matrix_VV.clamp_min_(1).log_()
+    generator = torch.Generator().manual_seed(seed)
+    random_VH = torch.randn(vocab_size, dim, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        left_VH, values_H, _ = torch.svd_lowrank(matrix_VV, q=dim + 32, niter=2)
+    vectors_VH = left_VH[:, :dim] * values_H[:dim].sqrt()
+    is_seen_V = row_V > 0
+    vectors_VH -= vectors_VH[is_seen_V].mean(0)
+    vectors_VH /= vectors_VH.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+    return torch.where(is_seen_V[:, None], vectors_VH, random_VH)
+
+
+def _up_to(texts: Sequence[str], num_characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text
+        num_characters -= len(text)
+        if num_characters < 0:
+            return
+
+
+def _pieces(tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    return [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+
+
+def _noise(length: int) -> tuple[int, int]:
+    num_noise = max(1, round(length * NOISE_DENSITY))
+    return num_noise, max(1, round(num_noise / MEAN_SPAN_TOKENS))
+
+
+def _parts(total: int, num_parts: int, rng: np.random.Generator) -> Ids:
+    """Cut `total` into so many lengths of at least one, every cut as likely."""
+    cuts = np.sort(rng.choice(total - 1, num_parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))

@@ -1,0 +1,289 @@
+"""Train a T5 on two streams of batches within a time: optimiser, schedule, checkpoints, log.
+
+Dims: V vocabulary, H hidden, B rows, T input positions, U target positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+from bases.batches import EOS, PAD, Batch, InstructionChunks, SpanChunks, stream
+from bases.corpus import VOCAB_SIZE, sentinel_id, word_vectors
+from bases.heldout import Heldout, evaluate
+from bases.mixture import Mixture
+from multilora.errors import DataError
+
+Show = Callable[[float, str], None]
+"""Shows progress (0 to 1) and a line about it."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the base is. A shallow decoder scores labels cheaply, and labels need no more."""
+
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    vocab_size: int
+
+
+MINI = Size(d_model=256, d_ff=640, num_layers=4, num_decoder_layers=2, num_heads=4, vocab_size=VOCAB_SIZE)
+SMALL = Size(d_model=128, d_ff=320, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=4096)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. `decisive` settings must be those of the checkpoint that a run goes on from; the rest may suit the machine."""
+
+    data: Path
+    out: Path
+    size: Size
+    minutes: float
+    corpus_part: float = 1.0
+    steps: int | None = None
+    """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
+    spans_until: float = 0.15
+    """Progress (0 to 1) up to which there is span corruption only."""
+    instructions_share: float = 0.85
+    """Part of the batches after that which are instructions."""
+    learning_rate: float = 1e-2
+    """Relative to the root mean square of a tensor's first values, as in Adafactor."""
+    batch_tokens: int = 2048
+    seed: int = 0
+    checkpoint_s: float = 180
+    checkpoint_steps: int | None = None
+    log_s: float = 30
+    evaluate_s: float = 1500
+    heldout_rows: int = 6
+    num_loaders: int = 0
+    """Processes that prepare batches; 0 prepares them between the steps."""
+    compile: bool = False
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what a checkpoint depends on."""
+        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "learning_rate", "seed")
+        return {name: asdict(self)[name] for name in kept}
+
+
+WARMUP, DECAY_FROM = 0.02, 0.3
+MIN_SCALE, MAX_SCALE, VECTOR_SCALE = 0.02, 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training reads."""
+
+    tokenizer: T5Tokenizer
+    tokens: NDArray[np.uint16]
+    mixture: Mixture
+    heldout: Heldout
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands; with weights and optimiser state it is the whole checkpoint."""
+
+    step: int = 0
+    elapsed_s: float = 0.0
+    begun_s: float = 0.0
+    """Time that preparing took before the first step; both count from the start of the run that began."""
+    num_tokens: int = 0
+    spans: tuple[int, int] = (0, 0)
+    """The next batch of each stream: (chunk, batch in it)."""
+    instructions: tuple[int, int] = (0, 0)
+
+
+def build_model(size: Size, seed: int) -> T5ForConditionalGeneration:
+    """Build a T5 1.1 (gated GELU) whose head shares the embeddings: they are most of so small a model."""
+    config = T5Config(
+        vocab_size=size.vocab_size, d_model=size.d_model, d_ff=size.d_ff, d_kv=size.d_model // size.num_heads,
+        num_layers=size.num_layers, num_decoder_layers=size.num_decoder_layers, num_heads=size.num_heads,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=True,
+        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return T5ForConditionalGeneration(config)
+
+
+def build_optimizer(model: T5ForConditionalGeneration, learning_rate: float, is_fused: bool) -> torch.optim.AdamW:
+    """Give each tensor a peak learning rate that is proportional to its first values: embeddings start 16 times larger."""
+    groups = []
+    for parameter in model.parameters():
+        scale = float(parameter.detach().pow(2).mean().sqrt())
+        scale = VECTOR_SCALE if parameter.ndim == 1 else min(max(scale, MIN_SCALE), MAX_SCALE)
+        groups.append({"params": [parameter], "lr": learning_rate * scale, "peak": learning_rate * scale})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=is_fused)
+
+
+def rate_factor(progress: float) -> float:
+    """Rise, stay, and fall to zero at the end."""
+    return max(0.0, min(1.0, progress / WARMUP + 1e-3, (1 - progress) / (1 - DECAY_FROM)))
+
+
+@dataclass
+class Window:
+    """Losses since the last line of the log."""
+
+    since: float
+    first_token: int
+    losses: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, kind: str, loss: float) -> None:
+        """Note the loss of one step."""
+        self.losses[kind].append(loss)
+
+
+class Training:
+    """Model, optimiser and position of one run."""
+
+    def __init__(
+        self, settings: Settings, prepared: Prepared, say: Callable[[str], None], show: Show, started: float | None = None
+    ) -> None:
+        """Begin, or go on where the last checkpoint in `out` stands; `started` is when the minutes began."""
+        self.settings, self.prepared, self.say, self.show = settings, prepared, say, show
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = build_model(settings.size, settings.seed)
+        self.file = settings.out / "checkpoint.safetensors"
+        if not self.file.exists():
+            vectors_VH = word_vectors(prepared.tokens, settings.size.vocab_size, settings.size.d_model, settings.seed)
+            self.model.get_input_embeddings().weight.data.copy_(vectors_VH)
+        # The peaks depend on first values, so a resumed run builds them from the same ones.
+        self.optimizer = build_optimizer(self.model.to(self.device), settings.learning_rate, is_fused=True)
+        begun_s = 0.0 if started is None else time.monotonic() - started
+        self.position = self._load() if self.file.exists() else Position(elapsed_s=begun_s, begun_s=begun_s)
+        self.forward: Any = torch.compile(self.model) if settings.compile else self.model
+
+    def run(self, stop_at: int | None = None) -> None:
+        """Train to the end, or as if killed before step `stop_at`."""
+        settings, position = self.settings, self.position
+        spans = SpanChunks(self.prepared.tokens, sentinel_id(self.prepared.tokenizer), settings.batch_tokens, settings.seed)
+        instructions = InstructionChunks(self.prepared.mixture, self.prepared.tokenizer, settings.batch_tokens, settings.seed)
+        streams = {
+            "spans": stream(spans, position.spans, settings.num_loaders),
+            "instructions": stream(instructions, position.instructions, settings.num_loaders),
+        }
+        window = Window(time.monotonic(), position.num_tokens)
+        started = time.monotonic() - position.elapsed_s
+        saved_s, judged_s = position.elapsed_s, position.elapsed_s
+        while (progress := self.progress()) < 1 and self.position.step != stop_at:
+            kind = self.kind_of_step(progress)
+            batch, following = next(streams[kind])
+            window.add(kind, self.train_step(batch, rate_factor(progress)))
+            self.position = replace(
+                self.position, step=self.position.step + 1, elapsed_s=time.monotonic() - started,
+                num_tokens=self.position.num_tokens + batch.num_tokens, **{kind: following},
+            )  # fmt: skip
+            if time.monotonic() - window.since > settings.log_s:
+                self._report(window)
+                window = Window(time.monotonic(), self.position.num_tokens)
+            if self._is_checkpoint_due(self.position.elapsed_s - saved_s):
+                self.save()
+                saved_s = self.position.elapsed_s
+            if self.position.elapsed_s - judged_s > settings.evaluate_s:
+                self.judge()
+                judged_s = self.position.elapsed_s
+
+    def progress(self) -> float:
+        """Part of the run that is done, by steps where they are given, else by time."""
+        if self.settings.steps is not None:
+            return self.position.step / self.settings.steps
+        return (self.position.elapsed_s - self.position.begun_s) / max(self.settings.minutes * 60 - self.position.begun_s, 1)
+
+    def kind_of_step(self, progress: float) -> str:
+        """Choose what the next step trains on; the choice depends on seed and step, not on what was drawn before."""
+        if progress < self.settings.spans_until:
+            return "spans"
+        draw = np.random.default_rng((self.settings.seed, 1, self.position.step)).random()
+        return "instructions" if draw < self.settings.instructions_share else "spans"
+
+    def train_step(self, batch: Batch, factor: float) -> float:
+        """Train on one batch; the loss is the mean over its target tokens."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        ids_BT, targets_BU = batch.ids_BT.to(self.device), batch.targets_BU.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss: Tensor = self.forward(
+                input_ids=ids_BT, attention_mask=(ids_BT != PAD).long(), labels=targets_BU, use_cache=False
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def judge(self) -> None:
+        """Log the accuracy on held-out rows."""
+        self.model.eval()
+        result = evaluate(self.model, self.prepared.tokenizer, self.prepared.heldout)
+        self.model.train()
+        self._log({"step": self.position.step, "elapsed_s": round(self.position.elapsed_s), "heldout": result})
+        self.say(f"held-out accuracy {result['seen']} (majority {result['seen_majority']}), "
+                 f"on tasks never trained {result['unseen']} (majority {result['unseen_majority']})")  # fmt: skip
+
+    def save(self) -> None:
+        """Write weights, optimiser state and position as one safetensors file that is whole or not there."""
+        tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        header = {"position": json.dumps(asdict(self.position)), "settings": json.dumps(self.settings.decisive())}
+        partial = self.file.with_suffix(".partial")
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, header)
+        os.replace(partial, self.file)
+
+    def _load(self) -> Position:
+        with safe_open(self.file, framework="pt", device="cpu") as saved:
+            header = saved.metadata()
+            written, given = json.loads(header["settings"]), json.loads(json.dumps(self.settings.decisive()))
+            if {name: written.get(name) for name in given} != given:
+                raise DataError(f"{self.file} was written with other settings: {header['settings']}; choose another --out")
+            tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  no mapping
+        for name, parameter in self.model.named_parameters():
+            parameter.data.copy_(tensors[f"model.{name}"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, part = name.split(".")
+                state.setdefault(int(index), {})[part] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        found = json.loads(header["position"])
+        self.say(f"going on from step {found['step']}")
+        return Position(**{**found, "spans": tuple(found["spans"]), "instructions": tuple(found["instructions"])})
+
+    def _is_checkpoint_due(self, since_s: float) -> bool:
+        if self.settings.checkpoint_steps is not None:
+            return self.position.step % self.settings.checkpoint_steps == 0
+        return since_s > self.settings.checkpoint_s
+
+    def _report(self, window: Window) -> None:
+        progress = self.progress()
+        speed = (self.position.num_tokens - window.first_token) / (time.monotonic() - window.since)
+        left_s = (self.position.elapsed_s - self.position.begun_s) * (1 - progress) / max(progress, 1e-9)
+        losses = {f"loss_{kind}": round(math.fsum(found) / len(found), 4) for kind, found in window.losses.items()}
+        record = {"step": self.position.step, "elapsed_s": round(self.position.elapsed_s), "progress": round(progress, 4),
+                  **losses, "tokens_per_s": round(speed), "num_tokens": self.position.num_tokens}  # fmt: skip
+        self._log(record)
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        self.show(progress, f"step {self.position.step} {shown} {speed:.0f} tokens/s, {left_s / 60:.0f} min left")
+
+    def _log(self, record: Mapping[str, Any]) -> None:
+        with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as stream_:
+            stream_.write(json.dumps(record) + "\n")

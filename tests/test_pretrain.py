@@ -1,0 +1,197 @@
+"""The recipe of t5-mini on a tiny model: seconds, real data where they lie beside this checkout."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
+from bases.corpus import corrupt_spans, sentinel_id, target_length, text_length
+from bases.heldout import Heldout, evaluate, label_scores
+from bases.mixture import UNSEEN, plain_row, read_tasks
+from bases.overlap import JudgingTexts
+from bases.pretrain import export, prepare
+from bases.training import Prepared, Settings, Size, Training, rate_factor
+from multilora.base_model import load_base
+from multilora.lora import AdapterSlots
+from multilora.prompt import PromptFormat, encode_prompt
+from multilora.scoring import ScoringRow, encode_labels, score_labels
+from multilora.spec import BaseSpec
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CORPUS = ("pros_cons", "wiki_sentences_clinc", "wordnet_glosses", "dialogue_multidogo")
+"""Small files of the corpus."""
+TINY = Size(d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=2048)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (SHARED / "corpus").is_dir(), reason="the pretraining data are not beside this checkout"),
+]
+
+
+def say(text: str) -> None:
+    """Take what the recipe would print."""
+
+
+def show(progress: float, line: str) -> None:
+    """Take the progress that it would show."""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Twelve steps on four small files, and one task's test texts to keep out."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "corpus").mkdir()
+    for name in CORPUS:
+        (data / "corpus" / f"{name}.txt.xz").symlink_to(SHARED / "corpus" / f"{name}.txt.xz")
+    (data / "instructions").mkdir()
+    heldout = (SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8")  # small, and has rows of every task
+    (data / "instructions" / "tasks.json").symlink_to(SHARED / "instructions" / "tasks.json")
+    (data / "instructions" / "heldout.jsonl").write_text(heldout, encoding="utf-8")
+    (data / "instructions" / "open.jsonl.xz").write_bytes(lzma.compress(heldout.encode(), preset=0))
+    (data / "tasks" / "leaky").mkdir(parents=True)
+    row = json.loads(heldout.split("\n")[0])
+    (data / "tasks" / "leaky" / "test.jsonl").write_text(json.dumps({"text": row["input"], "label": "x"}) + "\n")
+    return Settings(
+        data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.05, steps=12, spans_until=0.3,
+        batch_tokens=512, checkpoint_steps=4, heldout_rows=1, log_s=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(settings: Settings) -> Prepared:
+    """Tokenizer, tokens and mixture, made once."""
+    return prepare(settings, say)
+
+
+def test_tokenizer_loads_as_t5_and_gives_texts_back(settings: Settings, prepared: Prepared) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(settings.out / "tokenizer")
+    assert type(tokenizer).__name__ == "T5Tokenizer"
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (PAD, EOS, 2)
+    assert len(tokenizer) == TINY.vocab_size
+    assert tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [TINY.vocab_size - 1, TINY.vocab_size - 100]
+    for text in ("The battery life is good, but the screen isn't.", "Wait<extra_id_3> there"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids == prepared.tokenizer(text)["input_ids"]
+        assert ids[-1] == EOS
+        assert tokenizer.decode(ids, skip_special_tokens="extra" not in text).removesuffix("</s>").strip() == text
+
+
+def test_corrupted_input_and_target_hold_the_text_once() -> None:
+    ids = np.arange(200, 200 + text_length(128))
+    source, target = corrupt_spans(ids, 1999, EOS, np.random.default_rng(0))
+    assert len(source) == 128
+    assert len(target) == target_length(len(ids))
+    spans = np.split(target[:-1], np.flatnonzero(target[:-1] > 1000))[1:]
+    hidden = {int(span[0]): list(span[1:]) for span in spans}
+    assert [token for shown in source[:-1] for token in hidden.get(int(shown), [shown])] == list(ids)
+
+
+def test_batches_repeat_have_few_shapes_and_mask_padding(prepared: Prepared) -> None:
+    spans = SpanChunks(prepared.tokens, sentinel_id(prepared.tokenizer), 512, 0)
+    instructions = InstructionChunks(prepared.mixture, prepared.tokenizer, 512, 0)
+    for chunks in (spans, instructions):
+        for one, same in zip(chunks[3], chunks[3], strict=True):
+            assert torch.equal(one.ids_BT, same.ids_BT)
+            assert torch.equal(one.targets_BU, same.targets_BU)
+    assert not torch.equal(spans[0][0].ids_BT, spans[1][0].ids_BT)
+    for batch in (*spans[0], *instructions[0]):
+        assert batch.ids_BT.shape[1] in INPUT_LENGTHS
+        assert batch.targets_BU.shape[1] in TARGET_LENGTHS
+        assert len(batch.ids_BT) == 512 // batch.ids_BT.shape[1]
+        for targets_U in batch.targets_BU:  # what counts comes first and ends with </s>; a row that fills up has nothing
+            counted = targets_U[targets_U != IGNORED]
+            assert torch.equal(counted, targets_U[: len(counted)])
+            assert not len(counted) or counted[-1] == EOS
+            assert not (counted == PAD).any()
+
+
+def test_options_stand_in_the_prompt_and_the_answer_is_one(prepared: Prepared) -> None:
+    rng = random.Random(0)
+    drawn = [prepared.mixture.draw(rng) for _ in range(500)]
+    with_labels = [one for one in drawn if one.labels]
+    assert 300 < len(with_labels) < 500
+    for one in with_labels:
+        prompt = one.prompt_format(256).render({"text": one.text})
+        assert one.answer in [label for label, _ in one.labels]
+        assert len({label for label, _ in one.labels}) == len(one.labels) > 1
+        for label, meaning in one.labels:
+            assert f"- {label}: {meaning}" in prompt if meaning else f"- {label}" in prompt
+    assert any(meaning for one in with_labels for _, meaning in one.labels)
+    places = {[label for label, _ in one.labels].index(one.answer) for one in with_labels}
+    assert {0, 1, 2} <= places
+
+
+def test_training_prompt_is_the_serving_prompt(prepared: Prepared) -> None:
+    rng = random.Random(1)
+    one = next(drawn for _ in range(100) if (drawn := prepared.mixture.draw(rng)).labels)
+    served = PromptFormat("seq2seq", one.instruction, "text", one.labels, INPUT_LENGTHS[-1])
+    encoded = encode(one, prepared.tokenizer)
+    assert encoded is not None
+    assert encoded[0] == encode_prompt(served, {"text": one.text}, prepared.tokenizer).token_ids
+
+
+def test_overlap_is_dropped_and_unseen_tasks_stay_out(settings: Settings, prepared: Prepared) -> None:
+    text = json.loads((settings.data / "tasks" / "leaky" / "test.jsonl").read_text())["text"]
+    texts = JudgingTexts.read(settings.data)
+    assert texts.num_texts == 1
+    assert not texts.has_none_of(text.upper())
+    assert texts.has_none_of("The battery life is good, but the screen is not.")
+    assert all(texts.has_none_of(row["input"]) for rows in prepared.mixture.rows.values() for row in rows)
+    assert not set(prepared.mixture.rows) & set(UNSEEN)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(settings: Settings, prepared: Prepared, tmp_path: Path) -> None:
+    whole = Training(replace(settings, out=tmp_path / "whole"), prepared, say, show)
+    killed = replace(settings, out=tmp_path / "killed")
+    for folder in (tmp_path / "whole", tmp_path / "killed"):
+        folder.mkdir()
+    whole.run()
+    Training(killed, prepared, say, show).run(stop_at=6)
+    resumed = Training(killed, prepared, say, show)
+    assert resumed.position.step == 4
+    resumed.run()
+    assert resumed.position.num_tokens == whole.position.num_tokens
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_loss_falls_and_the_export_scores_like_the_recipe(settings: Settings, prepared: Prepared, tmp_path: Path) -> None:
+    training = Training(replace(settings, out=tmp_path, steps=60, checkpoint_steps=None), prepared, say, show)
+    training.run()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    spans = [record["loss_spans"] for record in log if "loss_spans" in record]
+    assert abs(spans[0] - np.log(TINY.vocab_size)) < 1
+    assert np.mean(spans[-3:]) < np.mean(spans[:3]) - 0.5
+    export(training, tmp_path / "model")
+    base = load_base(BaseSpec(model=str(tmp_path / "model"), dtype="bfloat16"), "cpu")
+    row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").strip().split("\n")[-1])
+    drawn = plain_row(read_tasks(SHARED)[row["task"]], row)
+    prompt_format = drawn.prompt_format(256)
+    prompt = encode_prompt(prompt_format, {"text": drawn.text}, base.tokenizer).token_ids
+    slots = AdapterSlots(base.model, [], num_slots=1, max_rank=1)
+    labels = encode_labels(base, slots, prompt_format)
+    (served,) = score_labels(base, slots, [ScoringRow(prompt, None, labels)])
+    (mine,) = label_scores(training.model, [prompt], [[prepared.tokenizer(name)["input_ids"] for name in labels.names]])
+    assert torch.allclose(served, mine, atol=0.3)
+
+
+def test_evaluation_names_every_closed_task(prepared: Prepared, settings: Settings, tmp_path: Path) -> None:
+    training = Training(replace(settings, out=tmp_path), prepared, say, show)
+    result = evaluate(training.model, prepared.tokenizer, Heldout.read(SHARED, 1))
+    assert set(UNSEEN) <= set(result["tasks"])
+    assert 0 <= result["unseen"] <= 1
+
+
+def test_the_learning_rate_rises_stays_and_ends_at_zero() -> None:
+    assert rate_factor(0) < 0.01
+    assert rate_factor(0.1) == rate_factor(0.25) == 1
+    assert rate_factor(1) == 0
