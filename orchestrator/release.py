@@ -76,7 +76,9 @@ class ReleaseRecord:
     ) -> SubmitResult:
         """Write event and report, and log the report; the result says where it is."""
         events = read_events(self._config.history_dir)
-        found = [controller.outcome_of(work) for work in works] + _others(checked, release, {work.task for work in works})
+        news = {*checked.rechecked, *checked.failed}  # also of a task that was submitted and had nothing to train
+        found = [controller.outcome_of(work) for work in works if work.task not in news]
+        found += _others(checked, release, {work.task for work in works})
         event = self._event(events, works, found, checked)
         events = [*events, event]
         rows = comparable(events)
@@ -112,7 +114,8 @@ class ReleaseRecord:
                 measured[outcome.task] = cell_of(now, outcome.metric, CellState.MEASURED, _zero_shot(outcome))
         champions = self._registry.champions()
         known = events[-1].cells if events else {}
-        unknown = {task: v for task, v in champions.items() if task not in known or known[task].version != v.key}
+        unknown = {t: v for t, v in champions.items() if t not in known or known[t].version != v.key or known[t].value is None}
+        measured |= {task: Cell(CellState.MISSING, version.key) for task, (version, _) in checked.failed.items()}
         before = {**known, **stored_cells(self._config, unknown)}
         keys = {task: version.key for task, version in champions.items()}
         return PromotionEvent(

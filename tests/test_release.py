@@ -182,6 +182,30 @@ def test_a_champion_that_another_engine_makes_answer_otherwise_is_judged(tasks, 
     assert shown["changed"] == ["engine"]
 
 
+def test_a_champion_of_the_submission_that_changed_or_failed_is_reported_once(tasks, tmp_path):
+    """Its task was submitted, had nothing to train, and is still news."""
+    workspace = Workspace(tasks, tmp_path)
+    mood, mail = tasks
+    controller, works, _ = workspace.submit()
+    for work in works:
+        work.verdict = None  # as in a later submission, which keeps both
+    version = workspace.registry.by_alias("mood", "champion")
+    before, after = answers(mood, version.key), answers(mood, version.key, 12, fingerprint={**FINGERPRINT, "engine": "2"})
+    failed = {"mail": (workspace.registry.by_alias("mail", "champion"), "its base is another one")}
+    checked = Checked(rechecked={"mood": (version, before, after)}, failed=failed)
+    result = record(workspace, controller, works, judge_release(controller, [], checked), checked)
+    states = {task["task"]: task["decision"] for task in result.report["tasks"]}
+    assert states == {"mail": "failed", "mood": "regressed in production"}
+    assert len(result.report["tasks"]) == 2
+    (event,) = read_events(workspace.config.history_dir)
+    assert (event.cells["mail"].state, event.cells["mail"].value) == (CellState.MISSING, None)
+    # Once it can be bound again, its value is back.
+    store_reports(workspace.config.answers_file("old-mail"), [answers(mail, "mail@2")])
+    checked = Checked(verified={"mail": failed["mail"][0]})
+    record(workspace, controller, works, judge_release(controller, [], checked), checked)
+    assert read_events(workspace.config.history_dir)[-1].cells["mail"].state is CellState.CANARY
+
+
 def test_a_consulted_gate_split_is_counted(tasks, tmp_path):
     workspace = Workspace(tasks[:1], tmp_path)
     counts = []
