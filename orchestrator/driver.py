@@ -146,7 +146,7 @@ class Driver:
         return replace(result, problems=tuple(problems))
 
     def _search_overlaps(self, works: Sequence[TaskWork], untouched: Sequence[Untouched]) -> OverlapSearch:
-        """Compare what is trained now with every gate split that is known."""
+        """Compare the training examples of this submission with every gate split that is known."""
         gate = {work.task: _texts(work.prepared.dataset.gate) for work in works}
         for champion in untouched:
             task = champion.version.task
@@ -154,7 +154,7 @@ class Driver:
                 gate.setdefault(task, _texts(load_gate(self._config.gates_dir, champion.gate_fingerprint) or ()))
             except DataError as error:
                 logger.warning("gate split not compared task=%s error=%s", task, error)
-        train = {work.task: _texts(work.prepared.dataset.train) for work in works if work.action is not Action.KEEP}
+        train = {work.task: _texts(work.prepared.dataset.train) for work in works}
         return OverlapSearch(train, gate)
 
     def _train_all(self, controller: Controller, works: Sequence[TaskWork], plan: Plan, size: ClusterSize) -> None:

@@ -91,7 +91,7 @@ class ReleaseRecord:
             )
             for outcome in found
         ]
-        matrices = [asdict(matrix) for matrix in load_matrices(self._config.cross_file)]
+        matrices = [{**asdict(matrix), **matrix.summary()} for matrix in load_matrices(self._config.cross_file)]
         report = build_report(outcomes, self._created, facts, release, events, matrices)
         event = replace(event, outcome=report["outcome"], reason=report["sentence"])
         report["history"]["events"][-1] |= {"outcome": event.outcome, "reason": event.reason}

@@ -78,6 +78,8 @@ def cross(matrix: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "base": matrix["base"],
         "created": matrix["created"],
+        "forward_transfer": matrix.get("forward_transfer"),
+        "num_pairs": matrix.get("num_pairs", 0),
         "tasks": tasks,
         "num_examples": {task: num_examples.get(task) for task in tasks},
         "rows": [

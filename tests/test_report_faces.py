@@ -200,12 +200,16 @@ def test_history_cells_say_how_they_are_known(tmp_path: Path) -> None:
 def test_the_cross_matrix_is_against_the_base_alone(tmp_path: Path) -> None:
     right = {"base": {"mood": 5, "tone": 4}, "mood@1": {"mood": 9, "tone": None}}
     matrix = {"base": "tiny", "created": "2026-11-21T10:00:00+00:00", "adapters": ["mood@1"], "tasks": ["mood", "tone"],
-              "num_examples": {"mood": 10, "tone": 10}, "num_right": right}  # fmt: skip
+              "num_examples": {"mood": 10, "tone": 10}, "num_right": right,
+              "forward_transfer": -0.125, "num_pairs": 1}  # fmt: skip
     report = build_report([same()], CREATED, FACTS, matrices=[matrix])
     base, mood = report["cross"][0]["rows"]
     assert base["cells"][1] == {"num_right": 4, "value": 0.4, "change": 0.0}
     assert mood["cells"] == [{"num_right": 9, "value": 0.9, "change": pytest.approx(0.4)}, None]
-    assert "Every adapter on every task" in render(report, tmp_path).text
+    text = render(report, tmp_path).text
+    assert "Every adapter on every task" in text
+    assert "Forward transfer: \N{MINUS SIGN}12.5 points" in text
+    assert "mean over 1 ordered pairs" in text
 
 
 def test_what_makes_a_verdict_less_sure_is_a_warning() -> None:
