@@ -76,3 +76,22 @@ class RequestError(MultiLoraError):
 
 class UnknownTaskError(RequestError):
     """The request names a task that is not served."""
+
+
+class UnauthorizedError(RequestError):
+    """The request has no API key, or one that is not known."""
+
+
+class ForbiddenError(RequestError):
+    """The API key does not open what was asked for."""
+
+
+class TooLargeError(RequestError):
+    """The request has more bytes than are read."""
+
+
+class RateLimitError(CapacityError):
+    """The API key asks more often than it may."""
+
+    retry_after_s = 1.0
+    """When the same request would be answered."""

@@ -16,6 +16,7 @@ import typer
 from orchestrator.cli_aliases import aliases_app
 from orchestrator.cli_endpoint import endpoint_app
 from orchestrator.cli_evidence import evidence_app
+from orchestrator.cli_keys import keys_app
 from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
 from orchestrator.cli_submit import submit_app
 
@@ -32,6 +33,7 @@ app.add_typer(submit_app)
 app.add_typer(aliases_app)
 app.add_typer(evidence_app)
 app.add_typer(endpoint_app)
+app.add_typer(keys_app, name="key")
 WATCH_EVERY_S = 2.0
 
 

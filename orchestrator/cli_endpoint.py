@@ -15,7 +15,9 @@ Foreground = Annotated[bool, typer.Option("--foreground", help="Stay in this ter
 
 @endpoint_app.command(epilog="Example: orchestrator serve --port 8000")
 def serve(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; this machine only.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; another than this machine's wants API keys.")
+    ] = "127.0.0.1",
     port: Port = 8000,
     replicas: Annotated[int, typer.Option("--replicas", min=1)] = 1,
     foreground: Foreground = False,

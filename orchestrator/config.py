@@ -92,6 +92,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "pace.json"
 
     @property
+    def keys_file(self) -> Path:
+        """API keys of the endpoint, hashed."""
+        return self.workspace / "api_keys.json"
+
+    @property
     def serve_file(self) -> Path:
         """Address and process of the running endpoint."""
         return self.workspace / "serve.json"

@@ -15,14 +15,20 @@ from orchestrator.config import OrchestratorConfig
 from orchestrator.services import check_host
 from orchestrator.session import ray_session
 from serve.app import APP_NAME, serve_application
+from serve.auth import read_keys
 from serve.config import ServeConfig
 
 
 def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas: int) -> None:
     """Serve until SIGTERM or SIGINT."""
-    check_host(host)
+    has_keys = bool(read_keys(config.keys_file))
+    check_host(host, has_keys)
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "1"
-    settings = ServeConfig(tracking_uri=config.registry_uri, downloads_dir=config.downloads_dir / "serve")
+    settings = ServeConfig(
+        tracking_uri=config.registry_uri,
+        downloads_dir=config.downloads_dir / "serve",
+        keys_file=config.keys_file if has_keys else None,
+    )
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()
     is_over = threading.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +12,17 @@ import httpx
 from multilora.errors import CapacityError, RequestError, SpecError, UnknownTaskError
 from orchestrator import background
 from orchestrator.config import OrchestratorConfig
+from serve.auth import read_keys
 
+KEY_VARIABLE = "ORCHESTRATOR_API_KEY"
+"""The key that `query` sends."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def start_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas: int) -> str:
     """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError."""
     url = f"http://{host}:{port}"
-    check_host(host)
+    check_host(host, bool(read_keys(config.keys_file)))
     argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
             "--host", host, "--port", str(port), "--replicas", str(num_replicas)]  # fmt: skip
     return background.start(config.serve_file, argv, url, "/readyz").url
@@ -46,10 +50,11 @@ def query(
     if address is None:
         raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
     try:
-        served = httpx.get(f"{address}/v1/models", timeout=60.0).json()["data"]
-        writes_text = any(model["id"] == task and not model["labels"] for model in served)
-        path = "/v1/generate" if writes_text else "/v1/classify"
-        response = httpx.post(address + path, json={"model": task, "input": item}, timeout=60.0)
+        with httpx.Client(base_url=address, headers=_key_header(), timeout=60.0) as client:
+            served = client.get("/v1/models").json().get("data", ())
+            writes_text = any(model["id"] == task and not model["labels"] for model in served)
+            path = "/v1/generate" if writes_text else "/v1/classify"
+            response = client.post(path, json={"model": task, "input": item})
     except httpx.HTTPError as error:
         raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
     body: dict[str, Any] = response.json()
@@ -60,10 +65,15 @@ def query(
     return body
 
 
-def check_host(host: str) -> None:
-    """Refuse to listen for other machines. Raises SpecError."""
-    if host not in LOOPBACK:
+def _key_header() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def check_host(host: str, has_keys: bool) -> None:
+    """Refuse to listen for other machines without API keys. Raises SpecError."""
+    if host not in LOOPBACK and not has_keys:
         raise SpecError(
-            f"will not listen on {host}: this version has no API keys, so it serves this machine only; "
-            "use --host 127.0.0.1 and put an authenticating proxy in front"
+            f"will not listen on {host} without API keys, for anybody could ask it; "
+            "create one: orchestrator key create NAME --tasks TASK,TASK"
         )

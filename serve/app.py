@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,14 +16,20 @@ from multilora.errors import (
     AdapterError,
     CapacityError,
     DataError,
+    ForbiddenError,
     MultiLoraError,
+    RateLimitError,
     RegistryError,
     RequestError,
+    TooLargeError,
+    UnauthorizedError,
     UnknownTaskError,
 )
 from multilora.log import setup_logging
+from serve.auth import Doorkeeper
 from serve.config import ServeConfig
 from serve.engine import Answer
+from serve.guard import Guard
 from serve.replica import Replica
 from serve.schema import (
     ClassifyRequest,
@@ -33,11 +40,15 @@ from serve.schema import (
     GenerateRequest,
     GenerateResponse,
     GenerateResult,
+    Item,
     ModelInfo,
     ModelList,
 )
 
 STATUS_OF: dict[type[MultiLoraError], int] = {
+    UnauthorizedError: 401,
+    ForbiddenError: 403,
+    TooLargeError: 413,
     UnknownTaskError: 404,
     RequestError: 422,
     DataError: 422,
@@ -46,31 +57,43 @@ STATUS_OF: dict[type[MultiLoraError], int] = {
     RegistryError: 503,
 }
 APP_NAME = "adapters"
+ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (401, 403, 404, 413, 422, 429, 503)}
 
 
-def build_app(replica: Replica) -> FastAPI:
+def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAPI:
     """Make the HTTP application of one replica."""
     app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
+    app.add_middleware(Guard, door=door, max_body_bytes=max_body_bytes, refusal=_refusal)
 
-    @app.post("/v1/classify", responses={code: {"model": ErrorBody} for code in (404, 422, 429, 503)})
-    async def classify(body: ClassifyRequest) -> ClassifyResponse:
-        """Answer one or many inputs of a task with one of its labels."""
+    def admit(request: Request, body: ClassifyRequest) -> list[Item]:
+        """The inputs of a request whose key opens the task and has not asked too often."""
         items = body.input if isinstance(body.input, list) else [body.input]
-        version, answers = await replica.classify(body.model, items)
+        request.state.audit |= {"task": body.model, "num_inputs": len(items)}
+        if request.state.key is not None:
+            request.state.key.check_task(body.model)
+        door.count(request.state.key, len(items))
+        return items
+
+    @app.post("/v1/classify", responses=ERRORS)
+    async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse:
+        """Answer one or many inputs of a task with one of its labels."""
+        version, answers = await replica.classify(body.model, admit(request, body))
+        request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [_result(answer) for answer in answers]
         return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
-    @app.post("/v1/generate", responses={code: {"model": ErrorBody} for code in (404, 422, 429, 503)})
-    async def generate(body: GenerateRequest) -> GenerateResponse:
+    @app.post("/v1/generate", responses=ERRORS)
+    async def generate(request: Request, body: GenerateRequest) -> GenerateResponse:
         """Answer one or many inputs of a free-text task."""
-        items = body.input if isinstance(body.input, list) else [body.input]
-        version, answers = await replica.generate(body.model, items)
+        version, answers = await replica.generate(body.model, admit(request, body))
+        request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
         return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
     @app.get("/v1/models")
-    async def models() -> ModelList:
-        """List the tasks that answer, and champions that could not be bound."""
+    async def models(request: Request) -> ModelList:
+        """List the tasks that answer, and champions that could not be bound; of these, what the key opens."""
+        opens = request.state.key.opens if request.state.key else lambda task: True
         rows = [
             ModelInfo(
                 id=version.task,
@@ -82,8 +105,10 @@ def build_app(replica: Replica) -> FastAPI:
                 is_resident=is_resident,
             )
             for version, bound, is_resident in replica.served()
+            if opens(version.task)
         ]
-        return ModelList(data=rows, broken=dict(replica.broken))
+        broken = {key: reason for key, reason in replica.broken.items() if opens(key.partition("@")[0])}
+        return ModelList(data=rows, broken=broken)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -97,9 +122,8 @@ def build_app(replica: Replica) -> FastAPI:
 
     @app.exception_handler(MultiLoraError)
     async def known(request: Request, error: MultiLoraError) -> JSONResponse:
-        status = next((code for kind, code in STATUS_OF.items() if isinstance(error, kind)), 500)
-        headers = {"Retry-After": "1"} if status == 429 else None
-        return JSONResponse(_error_body(str(error), type(error).__name__), status_code=status, headers=headers)
+        status, body, headers = _refusal(error)
+        return JSONResponse(body, status_code=status, headers=headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
@@ -126,12 +150,12 @@ class EngineReplica:
 
     def __init__(self, config: ServeConfig) -> None:
         setup_logging("INFO")
-        self._replica = Replica(config)
+        self._config, self._replica = config, Replica(config)
         self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Ray Serve calls
         self._following = asyncio.get_running_loop().create_task(self._replica.follow())
-        return build_app(self._replica)
+        return build_app(self._replica, Doorkeeper(self._config.keys_file), self._config.max_body_bytes)
 
     async def check_health(self) -> None:
         """Let Ray replace a replica whose follower died."""
@@ -149,6 +173,15 @@ def serve_application(config: ServeConfig, num_replicas: int, num_cpus: float, n
 def _result(answer: Answer) -> ClassifyResult:
     probabilities = dict(zip(answer.labels, answer.probabilities, strict=True))
     return ClassifyResult(label=answer.label, probabilities=probabilities, is_truncated=answer.is_truncated)
+
+
+def _refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers that tell a caller of an error."""
+    status = next((code for kind, code in STATUS_OF.items() if isinstance(error, kind)), 500)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
+    if isinstance(error, RateLimitError):
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
+    return status, _error_body(str(error), type(error).__name__), headers
 
 
 def _error_body(message: str, kind: str) -> dict[str, Any]:

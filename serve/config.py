@@ -26,6 +26,10 @@ class ServeConfig(Part):
     """Inputs that may wait; more are answered with 429."""
     max_inputs_per_request: int = Field(default=256, ge=1)
     """Inputs in one request."""
+    max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
+    """Bytes of one request; more are answered with 413."""
+    keys_file: Path | None = None
+    """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)

@@ -22,6 +22,7 @@ import serve.pyfunc_model as pyfunc_model
 from multilora.artifact import CARD, WEIGHTS, read_artifact
 from multilora.registry import CHAMPION
 from serve.app import build_app
+from serve.auth import Doorkeeper, create_key
 from serve.config import ServeConfig
 from serve.engine import Engine, Work
 from serve.replica import Replica
@@ -78,8 +79,10 @@ def serving(registry, tmp_path):
     @asynccontextmanager
     async def run(**settings):
         config = {"tracking_uri": registry.tracking_uri, "downloads_dir": tmp_path / "downloads", **settings}
-        replica = Replica(ServeConfig(**config))
-        transport = httpx.ASGITransport(build_app(replica), raise_app_exceptions=False)
+        settled = ServeConfig(**config)
+        replica = Replica(settled)
+        app = build_app(replica, Doorkeeper(settled.keys_file), settled.max_body_bytes)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica", timeout=60) as client:
             try:
                 yield replica, client
@@ -572,3 +575,37 @@ async def test_follower_outlives_a_registry_that_is_away(serving, monkeypatch, c
         assert (await client.get("/readyz")).status_code == 503
         following.cancel()
         await asyncio.wait([following])
+
+
+async def test_a_key_opens_its_tasks_alone_and_nothing_opens_without_one(serving, crown, tmp_path):
+    version = crown(CARDS_1, MOOD_1)
+    _, secret = create_key(tmp_path / "keys.json", "cards only", ["cards"], 5, "")
+    headers = {"Authorization": f"Bearer {secret}"}
+    question = {"model": "cards", "input": [TEXTS[0], TEXTS[1]]}
+    async with serving(keys_file=tmp_path / "keys.json", max_body_bytes=2000) as (replica, client):
+        await replica.sync()
+        for path in ("/v1/classify", "/v1/generate", "/v1/models", "/docs", "/openapi.json", "/"):
+            answer = await client.request("POST" if "ate" in path or "ify" in path else "GET", path, json=question)
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
+            assert answer.json()["error"]["type"] == "UnauthorizedError"
+            assert "cards" not in answer.text
+        assert (await client.get("/readyz")).status_code == (await client.get("/healthz")).status_code == 200
+
+        answer = await client.post("/v1/classify", json=question, headers=headers)
+        assert answer.status_code == 200
+        assert len(answer.json()["results"]) == 2
+        # It cannot even find out whether there is another task.
+        for task in ("mood", "no-such-task"):
+            answer = await client.post("/v1/classify", json={"model": task, "input": TEXTS[0]}, headers=headers)
+            assert answer.status_code == 403
+            assert f"does not open task {task}; it opens cards" in answer.json()["error"]["message"]
+        assert [model["id"] for model in (await client.get("/v1/models", headers=headers)).json()["data"]] == ["cards"]
+
+        assert (await client.post("/v1/classify", json=question, headers=headers)).status_code == 200
+        answer = await client.post("/v1/classify", json=question, headers=headers)  # the fifth and sixth input of a minute
+        assert answer.status_code == 429
+        assert 1 <= int(answer.headers["retry-after"]) <= 12
+        assert answer.json()["error"]["type"] == "RateLimitError"
+        answer = await client.post("/v1/classify", json={"model": "cards", "input": "x" * 3000}, headers=headers)
+        assert answer.status_code == 413
+    assert version.task == "mood"

@@ -11,28 +11,31 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate mlflow_errors registry",
-    "serve": "config schema router slots batcher engine pyfunc_model replica app",
+    "serve": "config schema auth guard router slots batcher engine pyfunc_model replica app",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs services status deploy work mailbox controller curves training "
     "evaluation release aliases driver evidence doctor api progress tables cli_options cli_submit cli_endpoint cli_aliases "
-    "cli_evidence cli __main__",
+    "cli_evidence cli_keys cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
-    "orchestrator.deploy": ("serve.app", "serve.config"),
+    "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
+    "orchestrator.services": ("serve.auth",),
+    "orchestrator.cli_keys": ("serve.auth",),
     **{f"orchestrator.{name}": ("serve.engine",) for name in ("evaluate", "cross_evaluate", "ladder")},
 }
-LIGHT = """orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors multilora.log multilora.spec
-    multilora.spec_files multilora.prompt multilora.segments multilora.base_files serve.config serve.schema
-    serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset orchestrator.cluster_size
-    orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare orchestrator.report_words
-    orchestrator.report_text orchestrator.report_page orchestrator.report orchestrator.services orchestrator.state
-    orchestrator.submissions orchestrator.comparison orchestrator.judge orchestrator.power orchestrator.paired
-    orchestrator.history orchestrator.metrics orchestrator.calibration orchestrator.batching orchestrator.schedule
-    orchestrator.launch orchestrator.turns orchestrator.progress orchestrator.tables orchestrator.cli"""
+LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
+    multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
+    serve.config serve.schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset
+    orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare
+    orchestrator.report_words orchestrator.report_text orchestrator.report_page orchestrator.report
+    orchestrator.services orchestrator.state orchestrator.submissions orchestrator.comparison orchestrator.judge
+    orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
+    orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
+    orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
