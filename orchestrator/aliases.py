@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from multilora.errors import RequestError
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, AdapterVersion, Registry, RunRecord
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_PREVIOUS, TAG_VERDICT
-from orchestrator.history import Cell, PromotionEvent, append_event, next_cells, read_events
+from orchestrator.history import Cell, PromotionEvent, append_event, current_user, next_cells, read_events
 from orchestrator.release import stored_cells
 from orchestrator.state import Event, Status, advance
 from orchestrator.submissions import Submissions
@@ -95,7 +94,7 @@ class Aliases:
         run = self._run_of(wanted)
         if run is not None and run.status not in JUDGED:
             raise RequestError(f"the run of {wanted.key} is {run.status}: only what was evaluated can answer")
-        now, who = datetime.now(UTC), getpass.getuser()
+        now, who = datetime.now(UTC), current_user()
         if kind == "promote":
             word = "promoted by force"
             self._registry.tag_version(wanted, {TAG_PREVIOUS: str(champion.version) if champion else ""})

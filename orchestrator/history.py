@@ -6,7 +6,9 @@ that was not measured is never a zero: its cell says so.
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -90,6 +92,14 @@ class Metric:
     value: float | None
     """None where there is nothing to average."""
     meaning: str
+
+
+def current_user() -> str:
+    """Who decides; in a container the user id may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 def append_event(folder: Path, event: PromotionEvent) -> None:

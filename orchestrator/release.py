@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from orchestrator.history import (
     append_event,
     best_ever,
     comparable,
+    current_user,
     next_cells,
     num_consults,
     read_events,
@@ -122,7 +122,7 @@ class ReleaseRecord:
             id=self._created.strftime("%Y%m%dT%H%M%S.%f"),
             kind="submit",
             created=self._created.isoformat(timespec="seconds"),
-            who=getpass.getuser(),
+            who=current_user(),
             outcome="",
             reason="",
             cells=next_cells(before, measured, set(checked.verified), keys),
