@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from itertools import islice
+from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli_options import Json, Workspace, config_of, errors, print_json
+from orchestrator.cli_options import Json, Workspace, config_of, errors
 
 endpoint_app = typer.Typer(rich_markup_mode="rich")
+NUM_INPUTS_PER_REQUEST = 64
 Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
 Foreground = Annotated[bool, typer.Option("--foreground", help="Stay in this terminal instead of returning when ready.")]
 
@@ -40,26 +43,40 @@ def serve(
 @endpoint_app.command(epilog='Example: orchestrator query client-talk "I have been thinking about cutting down."')
 def query(
     task: Annotated[str, typer.Argument(help="Task name.")],
-    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; or give a file.")] = None,
+    file: Annotated[typer.FileText | None, typer.Option("--file", "-f", help="One text per line; - for stdin.")] = None,
     as_json: Json = False,
     url: Annotated[str | None, typer.Option("--url", help="Endpoint; default: the one this workspace started.")] = None,
     workspace: Workspace = None,
 ) -> None:
-    """Ask the running endpoint for a task's answer to each text."""
+    """Ask the running endpoint for a task's answer to each text; with --json one object per text and line.
+
+    Where the endpoint asks for an API key: export ORCHESTRATOR_API_KEY=ak-...
+    """
     from orchestrator import services
 
-    with errors():
-        answer = services.query(task, texts, config_of(workspace), url)
-    if as_json:
-        print_json(answer)
-        return
-    for text, result in zip(texts, answer["results"], strict=True):
-        if "text" in result:
-            print(f"{result['text']}\t({task}@{answer['version']})\t{text}")
-            continue
-        ranked = sorted(result["probabilities"].items(), key=lambda pair: -pair[1])
-        shown = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[:3])
-        print(f"{result['label']}\t({shown}; {task}@{answer['version']})\t{text}")
+    if bool(texts) == bool(file):
+        raise typer.BadParameter("give texts, or a file with one text per line: --file")
+    lines = (line.rstrip("\n") for line in file) if file else iter(texts or ())
+    asked = (line for line in lines if line.strip())
+    config = config_of(workspace)
+    while some := list(islice(asked, NUM_INPUTS_PER_REQUEST)):
+        with errors():
+            answer = services.query(task, some, config, url)
+        for text, result in zip(some, answer["results"], strict=True):
+            if as_json:
+                known = {name: answer[name] for name in ("model", "version", "digest")}
+                print(json.dumps({"input": text, **result, **known}, ensure_ascii=False), flush=True)
+            else:
+                print(_line(text, result, f"{task}@{answer['version']}"), flush=True)
+
+
+def _line(text: str, result: dict[str, Any], version: str) -> str:
+    if "text" in result:
+        return f"{result['text']}\t({version})\t{text}"
+    ranked = sorted(result["probabilities"].items(), key=lambda pair: -pair[1])
+    shown = ", ".join(f"{label} {probability:.2f}" for label, probability in ranked[:3])
+    return f"{result['label']}\t({shown}; {version})\t{text}"
 
 
 @endpoint_app.command(epilog="Example: orchestrator ui --port 5000")

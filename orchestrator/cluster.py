@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import threading
 import uuid
@@ -27,6 +28,7 @@ from orchestrator.eval_report import EvalItem, EvalOutcome
 from orchestrator.group_task import GroupTask
 from orchestrator.room import TrainingGroup
 
+logger = logging.getLogger(__name__)
 LIBRARIES = ("torch", "transformers", "ray", "safetensors", "tokenizers", "bitsandbytes")
 """What training depends on, so that it must be the same on every node."""
 PROBE_TIMEOUT_S = 120.0
@@ -203,10 +205,17 @@ class OverlapSearch:
         self._running = remote.remote(train, gate)
 
     def sentences(self, check_stop: Callable[[], None]) -> dict[str, tuple[str, ...]]:
-        """Wait for what it found, in words by task; `check_stop` is called meanwhile, and may raise."""
+        """Wait for what it found, in words by task; `check_stop` is called meanwhile, and may raise.
+
+        It informs and decides nothing, so a search that fails costs no submission its report.
+        """
         while not ray.wait([self._running], timeout=0.5)[0]:
             check_stop()
-        found: dict[str, tuple[str, ...]] = ray.get(self._running)
+        try:
+            found: dict[str, tuple[str, ...]] = ray.get(self._running)
+        except ray.exceptions.RayError as error:
+            logger.warning("training texts were not compared with gate splits error=%r", error)
+            return {}
         return found
 
 

@@ -116,10 +116,8 @@ class Driver:
         controller = Controller(config, self._registry, self._update, self._submission.id)
         works = [controller.observe(task, force=order.force) for task in prepared]
         unchanged = tuple(work.task for work in works if work.action is Action.KEEP)
-        events = read_events(config.history_dir)
         evaluation = Evaluation(config, self._registry, controller, self._update)
-        known = events[-1].cells if events else {}
-        untouched = evaluation.untouched({work.task for work in works if work.action is not Action.KEEP}, known)
+        untouched = self._untouched(evaluation, works)
         if len(unchanged) == len(works) and not any(champion.is_changed for champion in untouched):
             self._say_plan(planned_submission(Plan((), ()), prepared, unchanged, problems))
             outcomes = tuple(controller.outcome_of(work) for work in works)
@@ -132,7 +130,7 @@ class Driver:
         self._say_plan(planned_submission(plan, prepared, unchanged, problems))
         search = self._search_overlaps(works, untouched)
         self._train_all(controller, works, plan, size)
-        checked, release = self._judge_all(controller, evaluation, works, untouched, plan, size)
+        checked, release = self._judge_all(controller, evaluation, works, plan, size)
         facts = {
             "version": installed_version("adapter-orchestrator"),
             "commit": git_sha(),
@@ -144,6 +142,12 @@ class Driver:
         result = record.write(controller, works, checked, release, facts)
         evaluation.keep_rechecked(checked)
         return replace(result, problems=tuple(problems))
+
+    def _untouched(self, evaluation: Evaluation, works: Sequence[TaskWork]) -> list[Untouched]:
+        """The champions that are not on trial."""
+        events = read_events(self._config.history_dir)
+        known = events[-1].cells if events else {}
+        return evaluation.untouched({work.task for work in works if work.action is not Action.KEEP}, known)
 
     def _search_overlaps(self, works: Sequence[TaskWork], untouched: Sequence[Untouched]) -> OverlapSearch:
         """Compare the training examples of this submission with every gate split that is known."""
@@ -174,7 +178,6 @@ class Driver:
         controller: Controller,
         evaluation: Evaluation,
         works: Sequence[TaskWork],
-        untouched: Sequence[Untouched],
         plan: Plan,
         size: ClusterSize,
     ) -> tuple[Checked, Release]:
@@ -182,7 +185,8 @@ class Driver:
         missing = [work for work in open_works if evaluation.is_needed(work)]
         gpus = max((group.gpus for group in plan.groups), default=0.0)
         cpus = 1.0 if gpus else max(1.0, *(node.cpus for node in size.nodes))
-        checked = evaluation.run(missing, untouched, cpus, gpus, self._check_stop)
+        # Looked up again: another submission may have moved aliases while this one trained.
+        checked = evaluation.run(missing, self._untouched(evaluation, works), cpus, gpus, self._check_stop)
         wishes = self._wishes()
         for work in open_works:
             if work.task in wishes:
@@ -196,7 +200,6 @@ class Driver:
         config, submission = self._config, self._submission
         curves = Curves(submission.folder / "curves", Registry(config.registry_uri, config.artifact_root), self._registry)
         turns = Turns(self._submissions, submission, size, limited(size, config))
-
         homes = Homes(plan.groups, time.monotonic)
 
         def wishes() -> Mapping[str, str]:

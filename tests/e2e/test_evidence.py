@@ -86,6 +86,28 @@ def test_every_adapter_on_every_task_and_one_up_to_the_endpoint(cli: CommandLine
     assert rung["is_fault"]
     assert "; endpoint gives no answer: it answers with cards@1" in ladder["conclusion"]
 
+    _keys_shut_it(cli, json.loads(config.serve_file.read_text())["url"])
+
+
+def _keys_shut_it(cli: CommandLine, url: str) -> None:
+    """From the first key on, the next `serve` asks for one; `query` reads files and sends it."""
+    file = cli.workspace.parent / "texts.txt"
+    file.write_text("where is my new card\n\nI lost my wallet on the train\n", encoding="utf-8")
+    rows = [json.loads(line) for line in cli.run("query", "cards", "--file", file, "--json").splitlines()]
+    assert [row["input"] for row in rows] == ["where is my new card", "I lost my wallet on the train"]
+    key = cli.json("key", "create", "tests", "--tasks", "cards")
+    cli.run("stop")
+    cli.run("serve", "--port", url.rpartition(":")[2])
+    assert "send your API key" in cli.run("query", "cards", "hello", code=1)
+    opened = replace(cli, settings={"ORCHESTRATOR_API_KEY": key["key"]})
+    assert [json.loads(line) for line in opened.run("query", "cards", "--file", file, "--json").splitlines()] == rows
+    assert "does not open task mood" in opened.run("query", "mood", "hello", code=1)
+    cli.run("key", "revoke", key["id"])
+    assert "not known here" in opened.run("query", "cards", "hello", code=1)
+    log = "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in cli.workspace.glob("serve*.log"))
+    assert f"key={key['id']} task=cards version=1" in log
+    assert "my wallet" not in log
+
 
 def replace_workspace(cli: CommandLine, config: OrchestratorConfig) -> CommandLine:
     """The same command line over another workspace."""
