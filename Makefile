@@ -26,7 +26,7 @@ test: $(READY)
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"
 
-# A node dies; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
+# What takes long: a node dies, public data; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
 SEEDS ?= 20
 chaos: $(READY)
 	$(BIN)/python -m pytest -m long

@@ -43,7 +43,7 @@ def rows_of(name: str, split: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
+@pytest.mark.long
 @needs_minilm()
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the public data sets are not beside this checkout")
 def test_each_public_task_beats_the_base_and_tf_idf(cli: CommandLine, tmp_path: Path) -> None:
