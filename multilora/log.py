@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 
 
 def setup_logging(level: str | None = None, log_file: str | None = None) -> None:
@@ -21,3 +22,10 @@ def setup_logging(level: str | None = None, log_file: str | None = None) -> None
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     # Adapter gradients are views into one flat matrix on purpose; autograd would prefer them dense.
     warnings.filterwarnings("ignore", message=".*gradient layout contract.*")
+
+
+def log_apart(name: str, file: Path) -> None:
+    """Also append the lines of one logger to a file of its own; processes that share it append whole lines."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger(name).addHandler(handler)

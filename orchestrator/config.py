@@ -97,6 +97,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "api_keys.json"
 
     @property
+    def audit_file(self) -> Path:
+        """Every request to the endpoint, without its text."""
+        return self.workspace / "audit.log"
+
+    @property
     def serve_file(self) -> Path:
         """Address and process of the running endpoint."""
         return self.workspace / "serve.json"

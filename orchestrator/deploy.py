@@ -28,6 +28,7 @@ def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas:
         tracking_uri=config.registry_uri,
         downloads_dir=config.downloads_dir / "serve",
         keys_file=config.keys_file if has_keys else None,
+        audit_file=config.audit_file,
     )
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()

@@ -25,11 +25,11 @@ from multilora.errors import (
     UnauthorizedError,
     UnknownTaskError,
 )
-from multilora.log import setup_logging
+from multilora.log import log_apart, setup_logging
 from serve.auth import Doorkeeper
 from serve.config import ServeConfig
 from serve.engine import Answer
-from serve.guard import Guard
+from serve.guard import Guard, audit
 from serve.replica import Replica
 from serve.schema import (
     ClassifyRequest,
@@ -150,6 +150,8 @@ class EngineReplica:
 
     def __init__(self, config: ServeConfig) -> None:
         setup_logging("INFO")
+        if config.audit_file:
+            log_apart(audit.name, config.audit_file)
         self._config, self._replica = config, Replica(config)
         self._following: asyncio.Task[None] | None = None
 

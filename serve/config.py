@@ -30,6 +30,8 @@ class ServeConfig(Part):
     """Bytes of one request; more are answered with 413."""
     keys_file: Path | None = None
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
+    audit_file: Path | None = None
+    """One line per request: who asked what, without the text; omit to have it in the replica's log alone."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)

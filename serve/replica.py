@@ -135,18 +135,14 @@ class Replica:
             rows.append((self._versions[key], engine.bound(key), key in engine.residents))
         return rows
 
-    async def classify(
-        self, task: str, items: Sequence[str | Mapping[str, str]]
-    ) -> tuple[AdapterVersion, list[Answer]]:
+    async def classify(self, task: str, items: Sequence[str | Mapping[str, str]]) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with one of the task's labels each, by one adapter version.
 
         Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError.
         """
         return await self._answers(task, items, is_text=False)
 
-    async def generate(
-        self, task: str, items: Sequence[str | Mapping[str, str]]
-    ) -> tuple[AdapterVersion, list[Answer]]:
+    async def generate(self, task: str, items: Sequence[str | Mapping[str, str]]) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with a text each, by one adapter version. Raises as `classify` does."""
         return await self._answers(task, items, is_text=True)
 
