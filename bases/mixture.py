@@ -27,6 +27,7 @@ from bases.wordings import (
     OTHER_FIELDS,
     PRAISE,
     QUESTIONS,
+    STYLES,
     SYNONYMS,
 )
 from multilora.prompt import PromptFormat
@@ -249,7 +250,7 @@ def _reworded(
         with_meaning = is_named or draw < SHARE_RENAMED + SHARE_MEANT
         return [(synonyms[name], name if with_meaning else "") for name in names], synonyms[answer]
     if not sets and draw > 1 - SHARE_RESTYLED:
-        style = rng.choice((str.title, str.upper, str.lower, _snake, _kebab))
+        style = rng.choice(STYLES)
         restyled = [style(name) for name in names]
         if len(set(restyled)) == len(restyled):
             return [(name, "") for name in restyled], style(answer)
@@ -312,14 +313,6 @@ def _literal(text: str) -> str:
 
 def _weighted(rng: random.Random, choices: Sequence[tuple[str, float]]) -> str:
     return rng.choices([choice for choice, _ in choices], [weight for _, weight in choices])[0]
-
-
-def _snake(name: str) -> str:
-    return name.lower().replace(" ", "_")
-
-
-def _kebab(name: str) -> str:
-    return name.lower().replace(" ", "-")
 
 
 def _glosses(lines: Sequence[str], known: Container[str]) -> list[Gloss]:

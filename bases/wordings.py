@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 FRAMES = (
     ("{question}\n{labels}\n{field}{text}\n{cue}", 10),
     ("{question}\nOptions:\n{labels}\n{field}{text}\n{cue}", 2),
@@ -116,6 +118,15 @@ SYNONYMS: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {
     ("cause", "effect"): (("reason", "result"), ("why it happened", "what happened next")),
 }
 """Other wordings of a whole label set, in the order of its lower-cased, sorted labels."""
+
+STYLES: tuple[Callable[[str], str], ...] = (
+    str.title,
+    str.upper,
+    str.lower,
+    lambda name: name.lower().replace(" ", "_"),
+    lambda name: name.lower().replace(" ", "-"),
+)
+"""Ways of writing a label."""
 
 PRAISE = frozenset(
     "amazing awesome beautiful beautifully best brilliant brilliantly captivating charming clever compelling delightful easy "

@@ -15,8 +15,6 @@ from multilora.artifact import CONFIG, WEIGHTS, AdapterArtifact, TaskCard
 
 ENGINE_VERSION = 1
 """Raise it when the serving engine gives other answers for the same weights."""
-OF_ADAPTER = ("adapter", "calibration")
-"""Parts that the base alone does not have."""
 
 
 def fingerprint_of(artifact: AdapterArtifact) -> dict[str, str]:

@@ -35,9 +35,11 @@ def serve(
             run_endpoint(config, host, port, replicas)
             return
         from orchestrator.services import start_endpoint
+        from serve.auth import read_keys
 
         url = start_endpoint(config, host, port, replicas)
-    print(f"serving at {url}  (try: curl {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
+        header = " -H 'Authorization: Bearer ak-...'" if read_keys(config.keys_file) else ""
+    print(f"serving at {url}  (try: curl{header} {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
 
 
 @endpoint_app.command(epilog='Example: orchestrator query client-talk "I have been thinking about cutting down."')

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchestrator.metrics import is_right
@@ -104,10 +103,6 @@ class Ladder:
             first, last = measured[measured.index(serving[0]) - 1], serving[-1]
             parts.append(self._serving(serving, f"from {first.name} to {last.name}"))
         return "; ".join([*parts, *faults]) + "."
-
-    def to_json(self) -> str:
-        """One JSON object, conclusion included."""
-        return json.dumps({**asdict(self), "conclusion": self.conclusion})
 
     def _gain(self, rung: Rung) -> str:
         below = self._below(rung)

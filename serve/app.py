@@ -120,6 +120,13 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
 
+    _answer_errors(app)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """The error table: every error has the same body."""
+
     @app.exception_handler(MultiLoraError)
     async def known(request: Request, error: MultiLoraError) -> JSONResponse:
         status, body, headers = _refusal(error)
@@ -139,8 +146,6 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()[:5])
         return JSONResponse(_error_body(found, "RequestError"), status_code=422)
-
-    return app
 
 
 @ray_serve.deployment(name="engine", max_ongoing_requests=1000)

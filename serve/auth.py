@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 from pydantic import TypeAdapter
 
 from multilora.errors import ForbiddenError, RateLimitError, RequestError, UnauthorizedError
@@ -60,17 +61,19 @@ def create_key(
     key_id = secrets.token_hex(4)
     secret = f"{PREFIX}-{key_id}-{secrets.token_urlsafe(32)}"
     key = ApiKey(key_id, name, _hash(secret), tuple(tasks) or (ALL_TASKS,), max_inputs_per_minute, created)
-    _write(file, (*read_keys(file), key))
+    with _alone(file):
+        _write(file, (*read_keys(file), key))
     return key, secret
 
 
 def revoke_key(file: Path, key_id: str) -> ApiKey:
     """Take a key out of the file; running endpoints notice within a second. Raises RequestError where there is none."""
-    keys = read_keys(file)
-    found = next((key for key in keys if key.id == key_id), None)
-    if found is None:
-        raise RequestError(f"there is no key {key_id}; keys are {', '.join(key.id for key in keys) or 'none yet'}")
-    _write(file, tuple(key for key in keys if key != found))
+    with _alone(file):
+        keys = read_keys(file)
+        found = next((key for key in keys if key.id == key_id), None)
+        if found is None:
+            raise RequestError(f"there is no key {key_id}; keys are {', '.join(key.id for key in keys) or 'none yet'}")
+        _write(file, tuple(key for key in keys if key != found))
     return found
 
 
@@ -153,8 +156,13 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _write(file: Path, keys: Sequence[ApiKey]) -> None:
+def _alone(file: Path) -> filelock.BaseFileLock:
+    """Change the file alone: of two keys that are created at once none may be lost."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(file.with_suffix(".lock"), timeout=30)
+
+
+def _write(file: Path, keys: Sequence[ApiKey]) -> None:
     staging = file.with_name(f".{file.name}.{os.getpid()}")
     with os.fdopen(os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
         stream.write(_KEYS.dump_json(tuple(keys), indent=1))

@@ -48,9 +48,8 @@ class Guard:
             await send(message)
 
         try:
-            # The size first: who has no key must not make the server read gigabytes either.
+            state["key"] = self._door.key_of(_header(scope, b"authorization"))  # who has none is not even read
             body = await _read(scope, receive, self._max_body_bytes)
-            state["key"] = self._door.key_of(_header(scope, b"authorization"))
             await self._app(scope, _replay(body, receive), counted_send)
         except MultiLoraError as error:
             await _refuse(self._refusal(error), counted_send)
@@ -94,21 +93,26 @@ async def _refuse(refusal: tuple[int, dict[str, Any], dict[str, str]], send: Sen
 
 
 def _log(scope: Scope, status: int, seconds: float, body: bytes) -> None:
-    """One line for every request that wanted a key: who asked what, never what was in it."""
+    """One line for every request that wanted a key: who asked what, never what was in it. Status 0: nothing was answered."""
     key, known = scope["state"]["key"], scope["state"]["audit"]
     audit.info(
         "%s %s status=%d ms=%.1f key=%s task=%s version=%s digest=%s inputs=%s body=%s",
         scope["method"],
-        scope["path"].encode("unicode_escape").decode(),
+        _on_one_line(scope["path"]),
         status,
         1000 * seconds,
         key.id if key else "-",
-        known.get("task", "-"),
+        _on_one_line(known.get("task", "-")),
         known.get("version", "-"),
         str(known.get("digest", "-"))[:12],
         known.get("num_inputs", "-"),
         hashlib.sha256(body).hexdigest()[:16] if body else "-",
     )
+
+
+def _on_one_line(text: str) -> str:
+    """What a caller sent must not look like another field or another line."""
+    return text.encode("unicode_escape").decode().replace(" ", "\\x20")
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

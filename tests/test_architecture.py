@@ -25,6 +25,7 @@ FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
     "orchestrator.cli_keys": ("serve.auth",),
+    "orchestrator.cli_endpoint": ("serve.auth",),
     **{f"orchestrator.{name}": ("serve.engine",) for name in ("evaluate", "cross_evaluate", "ladder")},
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors

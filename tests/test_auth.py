@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -37,7 +38,7 @@ def test_what_is_stored_tells_nobody_the_key(file):
     assert key.sha256 == hashlib.sha256(secret.encode()).hexdigest()
     assert read_keys(file) == (key, other)
     assert other.tasks == ("*",)
-    assert not list(file.parent.glob(".*"))
+    assert not list(file.parent.glob(".*"))  # no draft is left
 
 
 def test_a_key_opens_its_tasks_until_it_is_revoked(file):
@@ -191,3 +192,35 @@ async def test_every_path_wants_the_key_and_leaves_a_line_without_the_text(file,
     assert line.endswith(f"key={key.id} task=mood version=3 digest=dddddddddddd inputs=2 body={digest}")
     assert "private" not in line
     assert secret not in line
+
+
+@pytest.mark.anyio
+async def test_what_a_caller_sends_forges_no_line_and_no_field(caplog):
+    async def tells_its_task(scope, receive, send):
+        scope["state"]["audit"]["task"] = "mood status=200 key=admin\nPOST /v1/classify \u2028 task=other"
+        await echo({**scope, "state": {"audit": {}}}, receive, send)
+
+    caplog.set_level(logging.INFO, logger="serve.audit")
+    transport = httpx.ASGITransport(Guard(tells_its_task, Doorkeeper(None), 1000, refusal))
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        await client.post("/a%0Ab key=x", content=b"")
+    (line,) = caplog.messages
+    assert len(line.splitlines()) == 1
+    fields = line.split(" ")
+    assert [field.partition("=")[0] for field in fields[2:]] == [
+        "status",
+        "ms",
+        "key",
+        "task",
+        "version",
+        "digest",
+        "inputs",
+        "body",
+    ]
+    assert (fields[1], fields[4]) == ("/a\\nb\\x20key=x", "key=-")
+
+
+def test_two_keys_created_at_once_are_both_kept(file):
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda number: create_key(file, f"team {number}", ["*"], None, WHEN)[0], range(24)))
+    assert {key.id for key in read_keys(file)} == {key.id for key in made}

@@ -11,7 +11,6 @@ from multilora.artifact import CONFIG, WEIGHTS, read_artifact, write_artifact
 from multilora.artifact import read_tensors as tensors_of
 from multilora.fingerprint import (
     ENGINE_VERSION,
-    OF_ADAPTER,
     changed_parts,
     digest_of,
     fingerprint_of,
@@ -93,8 +92,8 @@ def test_another_base_changes_the_base(artifact, tiny_adapter):
 
 def test_the_base_alone_has_all_parts_but_the_adapters(artifact):
     alone = zero_shot_fingerprint(artifact.card)
-    assert set(alone) == PARTS - set(OF_ADAPTER)
-    assert set(changed_parts(fingerprint_of(artifact), alone)) == set(OF_ADAPTER)
+    assert set(alone) == PARTS - {"adapter", "calibration"}
+    assert set(changed_parts(fingerprint_of(artifact), alone)) == {"adapter", "calibration"}
 
 
 def test_the_engine_is_named_by_its_version_and_its_libraries(artifact):
