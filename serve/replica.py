@@ -11,8 +11,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
@@ -20,7 +18,7 @@ from multilora.errors import AdapterError, CapacityError, RequestError
 from multilora.prompt import Prompt
 from multilora.registry import AdapterVersion, Registry
 from multilora.spec import BaseSpec
-from serve.batcher import Batcher
+from serve.base_server import BaseServer
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
 from serve.router import route
@@ -29,72 +27,6 @@ logger = logging.getLogger(__name__)
 
 LONG_CHARS = 10_000
 """A request with more text is tokenised off the event loop, which would stand still for more than 10 ms."""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """Work with the future that its answer goes to."""
-
-    work: Work
-    future: asyncio.Future[Answer]
-
-
-class BaseServer:
-    """One base's engine with its queue and its thread."""
-
-    def __init__(self, engine: Engine, max_batch_tokens: int) -> None:
-        self.engine = engine
-        self._batcher: Batcher[Pending] = Batcher(max_batch_tokens)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._is_awake = asyncio.Event()
-        self._loop_task = asyncio.create_task(self._run())
-
-    @property
-    def num_waiting(self) -> int:
-        """Inputs in the queue."""
-        return len(self._batcher)
-
-    def submit(self, work: Work) -> asyncio.Future[Answer]:
-        """Queue work; the future gets its answer."""
-        pending = Pending(work, asyncio.get_running_loop().create_future())
-        self._batcher.add(work.key, self.engine.num_tokens(work), pending)
-        self._is_awake.set()
-        return pending.future
-
-    async def close(self) -> None:
-        """Stop the loop and the thread."""
-        self._loop_task.cancel()
-        self._thread.shutdown(wait=True)
-
-    async def _run(self) -> None:
-        while True:
-            await self._is_awake.wait()
-            self._is_awake.clear()
-            while batch := self._batcher.next_batch():
-                # A caller that left needs no answer, and its adapter may be unbound by now.
-                await self._answer([pending for pending in batch if not pending.future.done()])
-
-    async def _answer(self, batch: Sequence[Pending]) -> None:
-        works = [pending.work for pending in batch]
-        if not works:
-            return
-        try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.classify, works)
-        except Exception as error:  # every caller must hear of it, and the loop must go on
-            keys = dict.fromkeys(work.key for work in works)
-            if len(keys) > 1:
-                # One adapter's failure is not the others': each is tried alone.
-                for key in keys:
-                    await self._answer([pending for pending in batch if pending.work.key == key])
-                return
-            logger.exception("batch failed version=%s size=%d", works[0].key, len(works))
-            for pending in batch:
-                if not pending.future.done():
-                    pending.future.set_exception(error)
-            return
-        for pending, answer in zip(batch, answers, strict=True):
-            if not pending.future.done():
-                pending.future.set_result(answer)
 
 
 class Replica:
