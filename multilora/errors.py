@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -76,6 +76,13 @@ class RequestError(MultiLoraError):
 
 class UnknownTaskError(RequestError):
     """The request names a task that is not served."""
+
+
+class UnroutedError(RequestError):
+    """The router is not sure which task an input belongs to."""
+
+    routes: Sequence[tuple[bool, float, Mapping[str, float]]] = ()
+    """Of every input: whether it was routed, the probability of its best candidate, and that of all candidates."""
 
 
 class UnauthorizedError(RequestError):

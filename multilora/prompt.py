@@ -54,6 +54,10 @@ class PromptFormat:
             raise RequestError(f"input must give the columns {expected}; it gives {', '.join(sorted(given)) or 'none'}")
         return given
 
+    def takes(self, item: str | Mapping[str, str]) -> bool:
+        """Whether a request item has the columns."""
+        return {self.text_column} == set(self.columns) if isinstance(item, str) else set(item) == set(self.columns)
+
     def render(self, columns: Mapping[str, str]) -> str:
         """Write the prompt text. An encoder reads the input columns alone; its labels are encoded separately."""
         if self.family == "encoder":

@@ -33,6 +33,8 @@ TAG_ATTEMPT = "attempt"
 ADAPTER_PATH = "adapter"
 REPORTS = "regression-reports"
 """Experiment of the cross-task reports; no task can bear this name."""
+ROUTER = "auto"
+"""Registered model of the router (task_router.py) and its experiment; no task can bear this name."""
 MAX_WAIT_S = 30.0  # between two attempts to reach MLflow
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -223,7 +225,7 @@ class Registry:
         while True:
             page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", page_token=token)
             for model in page:
-                if CHAMPION in model.aliases:
+                if CHAMPION in model.aliases and model.name != ROUTER:
                     version = self._client.get_model_version(model.name, model.aliases[CHAMPION])
                     found[model.name] = _version(version)
             token = page.token
@@ -234,7 +236,7 @@ class Registry:
     def tasks(self) -> list[str]:
         """Names of all tasks that ever had a run."""
         found = self._client.search_experiments(filter_string=f"tags.{TAG_OWNER} = '1'")
-        return sorted(experiment.name for experiment in found)
+        return sorted(experiment.name for experiment in found if experiment.name != ROUTER)
 
     @patiently
     def versions(self, task: str) -> list[AdapterVersion]:

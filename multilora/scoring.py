@@ -90,7 +90,7 @@ def encode_labels(base: FrozenBase, slots: AdapterSlots, prompt_format: PromptFo
         raise AdapterError(f"{rule}; shorten the label" + (" or train.max_length" if base.family == "causal" else ""))
     if base.family == "encoder":
         with torch.no_grad():
-            vectors_LH = _pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
+            vectors_LH = pooled(base, slots, [ScoringRow(ids, None, LabelSet(names, None, ())) for ids in token_ids])
         return LabelSet(names, vectors_LH, ())
     return LabelSet(names, None, token_ids, is_mean=prompt_format.label_score == "mean")
 
@@ -111,7 +111,7 @@ def score_labels(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRo
     order = order_by_slot([row.slot for row in rows], slots.ranks)
     ordered = [rows[index] for index in order]
     if base.family == "encoder":
-        pooled_BH = _pooled(base, slots, ordered)
+        pooled_BH = pooled(base, slots, ordered)
         scores = [COSINE_SCALE * (row.labels.vectors_LH @ pooled_H) for row, pooled_H in zip(ordered, pooled_BH, strict=True)]
     else:
         scores = list(_tree_scores(base, slots, ordered, [row.labels.tree for row in ordered]))
@@ -135,11 +135,16 @@ def answer_losses(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringR
     return losses_B[inverse.to(losses_B.device)]
 
 
-def _pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> Tensor:
-    """Mean-pool the last hidden states over real tokens and scale to unit length [B, H], float32."""
+def pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) -> Tensor:
+    """Mean-pool the last hidden states over real tokens and scale to unit length [B, H], float32; rows sorted by slot.
+
+    Of a seq2seq base these are its encoder's states, of a causal one those before its head.
+    """
+    model: Any = base.model
+    reader = model.get_encoder() if base.family == "seq2seq" else model.base_model
     ids_BT, mask_BT = padded(base, [row.token_ids for row in rows])
     with _routed(slots, rows):
-        hidden_BTH = base.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+        hidden_BTH = reader(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
     weights_BT1 = mask_BT[..., None].float()
     return F.normalize((hidden_BTH * weights_BT1).sum(1) / weights_BT1.sum(1), dim=-1)
 

@@ -10,7 +10,8 @@ from typing import Literal
 
 from multilora.artifact import read_artifact
 from multilora.errors import RequestError
-from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, AdapterVersion, Registry, RunRecord
+from multilora.registry import CHALLENGER, CHAMPION, ROUTER, TAG_REASON, TAG_STATUS, AdapterVersion, Registry, RunRecord
+from multilora.task_router import read_router
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import TAG_PREVIOUS, TAG_VERDICT
 from orchestrator.history import Cell, PromotionEvent, append_event, current_user, next_cells, read_events
@@ -90,7 +91,8 @@ class Aliases:
     ) -> Moved:
         if champion and champion.version == wanted.version:
             raise RequestError(f"{wanted.key} is the champion already")
-        read_artifact(self._registry.download(wanted, self._config.downloads_dir), wanted.digest)
+        folder = self._registry.download(wanted, self._config.downloads_dir)
+        (read_router if wanted.task == ROUTER else read_artifact)(folder, wanted.digest)
         run = self._run_of(wanted)
         if run is not None and run.status not in JUDGED:
             raise RequestError(f"the run of {wanted.key} is {run.status}: only what was evaluated can answer")

@@ -18,6 +18,7 @@ from orchestrator.cli_endpoint import endpoint_app
 from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_keys import keys_app
 from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
+from orchestrator.cli_router import router_app
 from orchestrator.cli_submit import submit_app
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(aliases_app)
 app.add_typer(evidence_app)
 app.add_typer(endpoint_app)
 app.add_typer(keys_app, name="key")
+app.add_typer(router_app, name="router")
 WATCH_EVERY_S = 2.0
 
 

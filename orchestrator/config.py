@@ -82,6 +82,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "gates"
 
     @property
+    def router_dir(self) -> Path:
+        """Routers that were trained here, one folder each."""
+        return self.workspace / "router"
+
+    @property
     def cross_file(self) -> Path:
         """Newest cross-adapter matrix of every base."""
         return self.workspace / "cross.json"

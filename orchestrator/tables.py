@@ -21,6 +21,7 @@ from orchestrator.state import Update
 from orchestrator.submissions import PLANNED, PlannedSubmission, State, Submission, SubmitResult
 
 if TYPE_CHECKING:
+    from multilora.task_router import RouterCard
     from orchestrator.aliases import VersionRow
     from orchestrator.cross import CrossMatrix
     from orchestrator.history import Cell, PromotionEvent
@@ -184,6 +185,23 @@ def print_ladder(ladder: Ladder) -> None:
         if not rung.is_measured:
             print(f"{rung.name}: {rung.skipped}")
     print(f"{ladder.system} on {ladder.num_examples} of {ladder.num_gate} gate examples: {ladder.conclusion}")
+
+
+def print_router(router: str, card: RouterCard) -> None:
+    """Print where every task's gate texts go, in percent, the right task bold, and the threshold that decided."""
+    table = table_of(f"{router}, texts of", *(f"to {task}" for task in card.tasks), "abstained", "to a wrong task", "texts")
+    for task in card.tasks:
+        row, num_texts = card.gate.counts[task], card.gate.num_texts(task)
+        cells = [Text(percent(row.get(to, 0) / num_texts), "bold" if to == task else "") for to in card.tasks]
+        num_abstained = num_texts - sum(row.get(to, 0) for to in card.tasks)
+        wrong = percent((num_texts - num_abstained - row.get(task, 0)) / num_texts)
+        table.add_row(task, *cells, percent(num_abstained / num_texts), wrong, str(num_texts))
+    print_rich(table)
+    print(
+        f"gate splits: {percent(card.gate.abstained)} abstained, {percent(card.gate.precision)} of the rest to their task "
+        f"(threshold {card.threshold:.3f}, chosen on the select splits: {percent(card.select.abstained)} and "
+        f"{percent(card.select.precision)})"
+    )
 
 
 def table_of(*headings: str) -> Table:

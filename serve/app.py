@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,14 +25,19 @@ from multilora.errors import (
     TooLargeError,
     UnauthorizedError,
     UnknownTaskError,
+    UnroutedError,
 )
 from multilora.log import log_apart, setup_logging
+from multilora.registry import ROUTER
 from serve.auth import Doorkeeper
+from serve.auto import RoutedAnswer
 from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.guard import Guard, audit
 from serve.replica import Replica
 from serve.schema import (
+    AutoResponse,
+    AutoResult,
     ClassifyRequest,
     ClassifyResponse,
     ClassifyResult,
@@ -43,6 +49,7 @@ from serve.schema import (
     Item,
     ModelInfo,
     ModelList,
+    Route,
 )
 
 STATUS_OF: dict[type[MultiLoraError], int] = {
@@ -65,22 +72,31 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
     app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
     app.add_middleware(Guard, door=door, max_body_bytes=max_body_bytes, refusal=_refusal)
 
-    def admit(request: Request, body: ClassifyRequest) -> list[Item]:
-        """The inputs of a request whose key opens the task and has not asked too often."""
+    def admit(request: Request, body: ClassifyRequest, *, is_routed: bool = False) -> list[Item]:
+        """The inputs of a request whose key opens the task and has not asked too often; not so a routed one's tasks."""
         items = body.input if isinstance(body.input, list) else [body.input]
         request.state.audit |= {"task": body.model, "num_inputs": len(items)}
-        if request.state.key is not None:
+        if request.state.key is not None and not is_routed:
             request.state.key.check_task(body.model)
         door.count(request.state.key, len(items))
         return items
 
     @app.post("/v1/classify", responses=ERRORS)
-    async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse:
-        """Answer one or many inputs of a task with one of its labels."""
+    async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse | AutoResponse:
+        """Answer one or many inputs with a label of the task, or of the task that the router chooses for each."""
+        if body.model == ROUTER:
+            return await classify_auto(request, body)
         version, answers = await replica.classify(body.model, admit(request, body))
         request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [_result(answer) for answer in answers]
         return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
+
+    async def classify_auto(request: Request, body: ClassifyRequest) -> AutoResponse:
+        router, routed = await replica.classify_auto(admit(request, body, is_routed=True), opens_of(request))
+        tasks = sorted({found.version.task for found in routed})
+        request.state.audit |= {"task": f"{ROUTER}:{','.join(tasks)}", "version": router.version, "digest": router.digest}
+        results = [_auto_result(found) for found in routed]
+        return AutoResponse(model=ROUTER, version=router.version, digest=router.digest, results=results)
 
     @app.post("/v1/generate", responses=ERRORS)
     async def generate(request: Request, body: GenerateRequest) -> GenerateResponse:
@@ -93,7 +109,7 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
     @app.get("/v1/models")
     async def models(request: Request) -> ModelList:
         """List the tasks that answer, and champions that could not be bound; of these, what the key opens."""
-        opens = request.state.key.opens if request.state.key else lambda task: True
+        opens = opens_of(request)
         rows = [
             ModelInfo(
                 id=version.task,
@@ -177,9 +193,25 @@ def serve_application(config: ServeConfig, num_replicas: int, num_cpus: float, n
     return deployment.options(num_replicas=num_replicas, ray_actor_options=options).bind(config)
 
 
+def opens_of(request: Request) -> Callable[[str], bool]:
+    """Whether the request's key opens a task; without keys every task is open."""
+    return request.state.key.opens if request.state.key else lambda task: True
+
+
 def _result(answer: Answer) -> ClassifyResult:
     probabilities = dict(zip(answer.labels, answer.probabilities, strict=True))
     return ClassifyResult(label=answer.label, probabilities=probabilities, is_truncated=answer.is_truncated)
+
+
+def _auto_result(found: RoutedAnswer) -> AutoResult:
+    choice, version = found.choice, found.version
+    route = _route(True, choice.probability, choice.candidates)
+    answer = _result(found.answer).model_dump()
+    return AutoResult(**answer, task=version.task, version=version.version, digest=version.digest, route=route)
+
+
+def _route(is_routed: bool, probability: float, candidates: Mapping[str, float]) -> Route:
+    return Route(is_routed=is_routed, probability=probability, candidates=dict(candidates))
 
 
 def _refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -188,10 +220,11 @@ def _refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
     if isinstance(error, RateLimitError):
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-    return status, _error_body(str(error), type(error).__name__), headers
+    routes = [_route(*found) for found in error.routes] if isinstance(error, UnroutedError) else None
+    return status, _error_body(str(error), type(error).__name__, routes), headers
 
 
-def _error_body(message: str, kind: str) -> dict[str, Any]:
+def _error_body(message: str, kind: str, routes: list[Route] | None = None) -> dict[str, Any]:
     # A message may quote what the caller sent, also characters that UTF-8 cannot carry.
     shown = message.encode("utf-8", "backslashreplace").decode()
-    return ErrorBody(error=ErrorDetail(message=shown, type=kind)).model_dump()
+    return ErrorBody(error=ErrorDetail(message=shown, type=kind, routes=routes)).model_dump(exclude_none=True)

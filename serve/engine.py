@@ -21,7 +21,16 @@ from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskE
 from multilora.generate import answer_text, end_ids, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
-from multilora.scoring import PAD_MULTIPLE, SCORER_VERSION, LabelSet, ScoringRow, encode_answer, encode_labels, score_labels
+from multilora.scoring import (
+    PAD_MULTIPLE,
+    SCORER_VERSION,
+    LabelSet,
+    ScoringRow,
+    encode_answer,
+    encode_labels,
+    pooled,
+    score_labels,
+)
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
 from serve.slots import SlotTable
@@ -201,6 +210,18 @@ class Engine:
         prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
         with self._lock, torch.inference_mode():
             return self._write([(prompt, None, max_new_tokens) for prompt in prompts])
+
+    def embed(self, texts: Sequence[str], max_length_tokens: int) -> Tensor:
+        """What the base itself makes of each text, no adapter on: its mean state, unit length, [B, H] in host memory."""
+        text_alone = PromptFormat("encoder", "{text}", "text", (), max_length_tokens)
+        ids = [encode_prompt(text_alone, {"text": text}, self.base.tokenizer).token_ids for text in texts]
+        # Some tokenizers make nothing of an empty text, which has no mean.
+        rows = [ScoringRow(token_ids or (self.base.pad_id,), None, NO_LABELS) for token_ids in ids]
+        vectors_BH = torch.empty(len(rows), self.base.files.hidden_size)
+        with self._lock, torch.inference_mode():
+            for batch in self._batches([len(row.token_ids) for row in rows]):
+                vectors_BH[batch] = pooled(self.base, self._slots, [rows[i] for i in batch]).cpu()
+        return vectors_BH
 
     def bound(self, key: str) -> BoundAdapter:
         """The adapter of a key. Raises UnknownTaskError."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
@@ -18,6 +18,7 @@ from multilora.errors import AdapterError, CapacityError, RequestError
 from multilora.prompt import Prompt
 from multilora.registry import AdapterVersion, Registry
 from multilora.spec import BaseSpec
+from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
 from serve.base_server import BaseServer
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
@@ -35,6 +36,7 @@ class Replica:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._registry = Registry(config.tracking_uri)
+        self._auto = AutoRouter(config, self._registry)
         self._servers: dict[BaseSpec, BaseServer] = {}
         self._server_of: dict[str, BaseServer] = {}
         """By adapter key."""
@@ -78,11 +80,38 @@ class Replica:
         """Answer all items of one request with a text each, by one adapter version. Raises as `classify` does."""
         return await self._answers(task, items, is_text=True)
 
+    async def classify_auto(
+        self, items: Sequence[str | Mapping[str, str]], opens: Callable[[str], bool]
+    ) -> tuple[AdapterVersion, list[RoutedAnswer]]:
+        """Let the router choose a task that `opens` for each item, and the task answer; the version is the router's.
+
+        Raises UnroutedError where it abstains on any of them, and as `classify` does.
+        """
+        self._check_number(items)
+        router, choices = await self._auto.route(items, lambda task, item: opens(task) and self._takes(task, item))
+        places: dict[str, list[int]] = {}
+        for place, task in enumerate(routed_tasks(choices)):
+            places.setdefault(task, []).append(place)
+        answered = await asyncio.gather(*(self.classify(task, [items[i] for i in some]) for task, some in places.items()))
+        found: dict[int, RoutedAnswer] = {}
+        for some, (version, answers) in zip(places.values(), answered, strict=True):
+            found |= {i: RoutedAnswer(choices[i], version, answer) for i, answer in zip(some, answers, strict=True)}
+        return router, [found[place] for place in range(len(items))]
+
+    def _takes(self, task: str, item: str | Mapping[str, str]) -> bool:
+        """Whether a task is served, answers with labels, and has the item's columns."""
+        key = self._keys.get(task)
+        bound = self._server_of[key].engine.bound(key) if key else None
+        return bound is not None and not bound.max_new_tokens and bound.prompt_format.takes(item)
+
+    def _check_number(self, items: Sequence[object]) -> None:
+        if not 1 <= len(items) <= self._config.max_inputs_per_request:
+            raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
+
     async def _answers(
         self, task: str, items: Sequence[str | Mapping[str, str]], *, is_text: bool
     ) -> tuple[AdapterVersion, list[Answer]]:
-        if not 1 <= len(items) <= self._config.max_inputs_per_request:
-            raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
+        self._check_number(items)
         key = route(task, self._keys, self._broken)
         server, version = self._server_of[key], self._versions[key]
         if is_text != bool(server.engine.bound(key).max_new_tokens):
@@ -126,6 +155,7 @@ class Replica:
                 await self._try_to_bind(version)
         for task in set(self._keys) - set(champions):
             del self._keys[task]
+        await self._auto.refresh([server.engine for server in self._servers.values()])
         self._has_synced = True
         for key in [key for key in self._versions if key not in self._keys.values() and not self._in_flight[key]]:
             del self._versions[key], self._in_flight[key]

@@ -19,7 +19,7 @@ class ClassifyRequest(Body):
     """One or many inputs for one task."""
 
     model: str = Field(max_length=200)
-    """Task name."""
+    """Task name; to /v1/classify also `auto`, which lets the router choose a task for each input."""
     input: Item | list[Item]
     """A text, or an object with the task's input columns, or a list of either."""
 
@@ -45,6 +45,43 @@ class ClassifyResponse(Body):
     digest: str
     """sha256 of that version."""
     results: list[ClassifyResult]
+    """One per input."""
+
+
+class Route(Body):
+    """What the router made of one input."""
+
+    is_routed: bool
+    """Whether it was sure enough of one task."""
+    probability: float
+    """Of the most probable candidate."""
+    candidates: dict[str, float]
+    """Tasks that may answer, most probable first; tasks that may not have the rest of the probability."""
+
+
+class AutoResult(ClassifyResult):
+    """The answer to one input, and the task that it was routed to."""
+
+    task: str
+    """Task that answered."""
+    version: int
+    """Its adapter version."""
+    digest: str
+    """sha256 of that version."""
+    route: Route
+    """Why this task."""
+
+
+class AutoResponse(Body):
+    """Answers in the order of the inputs, and which router chose their tasks."""
+
+    model: str
+    """`auto`."""
+    version: int
+    """Version of the router."""
+    digest: str
+    """sha256 of that version."""
+    results: list[AutoResult]
     """One per input."""
 
 
@@ -111,6 +148,8 @@ class ErrorDetail(Body):
     """What was expected, what was seen, what to do."""
     type: str
     """Kind of error."""
+    routes: list[Route] | None = None
+    """Where the router was not sure: what it made of every input."""
 
 
 class ErrorBody(Body):

@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
-    "routing lora artifact fingerprint answer_tree scoring generate mlflow_errors registry",
-    "serve": "config schema auth guard router slots batcher engine pyfunc_model base_server replica app",
+    "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
+    "serve": "config schema auth guard router slots batcher engine pyfunc_model pyfunc_router base_server auto replica app",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs services status deploy work mailbox controller curves training "
-    "evaluation release aliases driver evidence doctor api progress tables cli_options cli_submit cli_endpoint cli_aliases "
-    "cli_evidence cli_keys cli __main__",
+    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables cli_options cli_submit "
+    "cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -26,7 +26,10 @@ FROM_SERVE = {
     "orchestrator.services": ("serve.auth",),
     "orchestrator.cli_keys": ("serve.auth",),
     "orchestrator.cli_endpoint": ("serve.auth",),
-    **{f"orchestrator.{name}": ("serve.engine",) for name in ("evaluate", "cross_evaluate", "ladder")},
+    **{
+        f"orchestrator.{name}": ("serve.engine",)
+        for name in ("evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
+    },
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
     multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
@@ -65,7 +68,8 @@ def test_imports_point_down(module):
     not_offered = [name for name in MODULES if name.startswith("serve.") and name not in FROM_SERVE.get(module, ())]
     assert not imported & {*above, *(not_offered if module.startswith("orchestrator.") else ())}
     knows_mlflow = any(name.partition(".")[0] == "mlflow" for name in imported)
-    assert module in ("multilora.mlflow_errors", "multilora.registry", "serve.pyfunc_model") or not knows_mlflow
+    may_know_it = ("multilora.mlflow_errors", "multilora.registry", "serve.pyfunc_model", "serve.pyfunc_router")
+    assert module in may_know_it or not knows_mlflow
     assert module.startswith("orchestrator.cli") or not [name for name, is_nested in imports if is_nested]
 
 
