@@ -35,6 +35,7 @@ REPORTS = "regression-reports"
 """Experiment of the cross-task reports; no task can bear this name."""
 ROUTER = "auto"
 """Registered model of the router (task_router.py) and its experiment; no task can bear this name."""
+MODELS_A_PAGE = 1000  # the most that MLflow gives
 MAX_WAIT_S = 30.0  # between two attempts to reach MLflow
 
 logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -218,19 +219,32 @@ class Registry:
             return None
 
     @patiently
-    def champions(self) -> dict[str, AdapterVersion]:
-        """Every task's champion."""
+    def champions(self, known: Mapping[str, AdapterVersion] | None = None) -> dict[str, AdapterVersion]:
+        """Every task's champion. Versions never change, so those of `known` (by task) are not asked for again."""
         found = {}
         token = None
         while True:
-            page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", page_token=token)
+            page = self._client.search_registered_models(f"tags.{TAG_OWNER} = '1'", max_results=MODELS_A_PAGE, page_token=token)
             for model in page:
                 if CHAMPION in model.aliases and model.name != ROUTER:
-                    version = self._client.get_model_version(model.name, model.aliases[CHAMPION])
-                    found[model.name] = _version(version)
+                    number, before = model.aliases[CHAMPION], (known or {}).get(model.name)
+                    if before is None or before.version != int(number):
+                        before = _version(self._client.get_model_version(model.name, number))
+                    found[model.name] = before
             token = page.token
             if not token:
                 return dict(sorted(found.items()))
+
+    @patiently
+    def version(self, task: str, number: int) -> AdapterVersion | None:
+        """A version by its number; None where there is none, or where another program registered it."""
+        try:
+            found = _version(self._client.get_model_version(task, str(number)))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+        return found if TAG_OWNER in found.tags else None
 
     @patiently
     def tasks(self) -> list[str]:

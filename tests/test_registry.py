@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from tiny_adapters import CARDS, TEXTS
 
+import multilora.registry as registry_module
 import serve.pyfunc_model as pyfunc_model
 from multilora.artifact import read_artifact
 from multilora.errors import RegistryAwayError, RegistryError
@@ -162,8 +163,34 @@ def test_champions_are_this_programs_models_with_that_alias(registry, register):
     assert "crowned" not in registry.champions()
 
 
+def test_champions_that_are_known_are_not_looked_up_again(registry, register, monkeypatch):
+    first = register("followed")
+    registry.set_alias(first, CHAMPION)
+    known = registry.champions()
+    get, asked = registry._client.get_model_version, []
+    monkeypatch.setattr(registry._client, "get_model_version", lambda *of: asked.append(of) or get(*of))
+    assert registry.champions(known) == known
+    assert asked == []
+    second = register("followed", "e")
+    registry.set_alias(second, CHAMPION)
+    assert registry.champions(known) == known | {"followed": second}
+    assert asked == [("followed", second.version)]
+
+
+def test_version_by_its_number(registry, register):
+    version = register("numbered")
+    assert registry.version("numbered", version.version) == version
+    assert registry.version("numbered", 99) is None
+    assert registry.version("no-such-task", 1) is None
+    client = MlflowClient(registry.tracking_uri)
+    client.create_registered_model("another-program")
+    client.create_model_version("another-program", "file:///nowhere")
+    assert registry.version("another-program", 1) is None
+
+
 @pytest.mark.slow
-def test_more_champions_than_a_page_holds(other_registry):
+def test_more_champions_than_a_page_holds(other_registry, monkeypatch):
+    monkeypatch.setattr(registry_module, "MODELS_A_PAGE", 50)
     client = MlflowClient(other_registry.tracking_uri, registry_uri=other_registry.tracking_uri)
     names = [f"task-{number:03}" for number in range(105)]
     for name in names:
