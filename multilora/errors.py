@@ -78,6 +78,10 @@ class UnknownTaskError(RequestError):
     """The request names a task that is not served."""
 
 
+class WrongRouteError(RequestError):
+    """The task answers with labels and was asked for a text, or the other way round."""
+
+
 class UnroutedError(RequestError):
     """The router is not sure which task an input belongs to."""
 
@@ -94,7 +98,11 @@ class ForbiddenError(RequestError):
 
 
 class TooLargeError(RequestError):
-    """The request has more bytes than are read."""
+    """The request has more bytes than are read, or an input more tokens."""
+
+
+class DeadlineError(CapacityError):
+    """The answer was not there in time."""
 
 
 class RateLimitError(CapacityError):

@@ -47,6 +47,7 @@ def query(
     task: Annotated[str, typer.Argument(help="Task name.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; or give a file.")] = None,
     file: Annotated[typer.FileText | None, typer.Option("--file", "-f", help="One text per line; - for stdin.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Leave out the end of a text that is too long.")] = False,
     as_json: Json = False,
     url: Annotated[str | None, typer.Option("--url", help="Endpoint; default: the one this workspace started.")] = None,
     workspace: Workspace = None,
@@ -64,7 +65,7 @@ def query(
     config = config_of(workspace)
     while some := list(islice(asked, NUM_INPUTS_PER_REQUEST)):
         with errors():
-            answer = services.query(task, some, config, url)
+            answer = services.query(task, some, config, url, truncate=truncate)
         for text, result in zip(some, answer["results"], strict=True):
             if as_json:
                 known = {name: answer[name] for name in ("model", "version", "digest")}

@@ -156,7 +156,7 @@ def _endpoint_answers(config: OrchestratorConfig, champion: Champion, gate: Sequ
     for first in range(0, len(gate), NUM_INPUTS_PER_REQUEST):
         inputs = [example.columns for example in gate[first : first + NUM_INPUTS_PER_REQUEST]]
         try:
-            body = query(item.task, inputs, config)
+            body = query(item.task, inputs, config, truncate=True)
         except (RequestError, CapacityError) as error:
             return RungAnswers(name, how, skipped=str(error), is_fault=True)
         if body["digest"] != item.digest:

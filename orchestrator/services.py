@@ -42,26 +42,31 @@ def query(
     item: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],
     config: OrchestratorConfig | None = None,
     url: str | None = None,
+    *,
+    truncate: bool = False,
 ) -> dict[str, Any]:
-    """Ask the running endpoint. Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words."""
+    """Ask the running endpoint; an input that is too long is an error unless it may be truncated.
+
+    Raises UnknownTaskError, RequestError, CapacityError with the endpoint's own words.
+    """
     config = config or OrchestratorConfig.from_environment()
     running = background.find(config.serve_file)
     address = url or (running.url if running else None)
     if address is None:
         raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
+    question = {"model": task, "input": item, "truncate": truncate}
     try:
         with httpx.Client(base_url=address, headers=_key_header(), timeout=60.0) as client:
-            served = client.get("/v1/models").json().get("data", ())
-            writes_text = any(model["id"] == task and not model["labels"] for model in served)
-            path = "/v1/generate" if writes_text else "/v1/classify"
-            response = client.post(path, json={"model": task, "input": item})
+            response = client.post("/v1/classify", json=question)
+            if response.status_code == 422 and response.json()["error"]["code"] == "wrong_route":
+                response = client.post("/v1/generate", json=question)
     except httpx.HTTPError as error:
         raise CapacityError(f"the endpoint at {address} does not answer: {error}") from error
     body: dict[str, Any] = response.json()
     if response.status_code == 404:
         raise UnknownTaskError(body["error"]["message"])
     if response.status_code != 200:
-        raise (CapacityError if response.status_code in (429, 503) else RequestError)(body["error"]["message"])
+        raise (CapacityError if response.status_code in (429, 503, 504) else RequestError)(body["error"]["message"])
     return body
 
 

@@ -18,6 +18,8 @@ class ServeConfig(Part):
     """Folder for adapter versions fetched from the registry."""
     num_slots: int = Field(default=16, ge=1)
     """Adapters resident on the device at once, per base."""
+    num_host_adapters: int = Field(default=256, ge=1)
+    """Adapters in host memory at once; the least recently used of more is fetched again when it is next asked for."""
     max_rank: int = Field(default=16, ge=1, le=256)
     """Rank that slots have room for at first; a larger adapter makes them grow."""
     max_batch_tokens: int = Field(default=4096, ge=64)
@@ -28,6 +30,10 @@ class ServeConfig(Part):
     """Inputs in one request."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Bytes of one request; more are answered with 413."""
+    max_bytes_in_flight: int = Field(default=256 * 2**20, ge=1024)
+    """Bytes of all requests that are not answered yet; more are answered with 429."""
+    deadline_s: float = Field(default=30.0, gt=0)
+    """Seconds until a request without an answer gets a 504."""
     keys_file: Path | None = None
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None
@@ -41,4 +47,6 @@ class ServeConfig(Part):
     def _check(self) -> ServeConfig:
         if self.max_queue_inputs < self.max_inputs_per_request:
             raise ValueError("max_queue_inputs is below max_inputs_per_request; the largest request could never be answered")
+        if self.max_bytes_in_flight < self.max_body_bytes:
+            raise ValueError("max_bytes_in_flight is below max_body_bytes; the largest request could never be answered")
         return self

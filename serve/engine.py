@@ -117,8 +117,8 @@ class Engine:
 
     @property
     def residents(self) -> dict[str, int]:
-        """Adapters in slots now."""
-        return self._table.residents
+        """Bound adapters in slots now."""
+        return {key: slot for key, slot in self._table.residents.items() if key in self._bound}
 
     def bind(self, artifact: AdapterArtifact, version: int) -> str:
         """Check an adapter and make it answerable under the key it returns. Raises AdapterError, binding nothing."""
@@ -152,10 +152,8 @@ class Engine:
         return key
 
     def unbind(self, key: str) -> None:
-        """Forget an adapter: slot, host copy and name."""
-        with self._lock:
-            self._bound.pop(key, None)
-            self._empty_slot(key)
+        """Forget an adapter: name and host copy. Waits for no forward pass; its slot goes to the next one that needs it."""
+        self._bound.pop(key, None)
 
     def prompt(self, key: str, item: str | Mapping[str, str]) -> Prompt:
         """Tokenise a request item as the adapter's training did. Raises UnknownTaskError, RequestError, DataError."""

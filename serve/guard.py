@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from multilora.errors import MultiLoraError, TooLargeError
+from multilora.errors import CapacityError, MultiLoraError, TooLargeError
 from serve.auth import Doorkeeper
 
 audit = logging.getLogger("serve.audit")
@@ -28,8 +28,11 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 class Guard:
     """ASGI middleware: everything but the health checks is denied unless its key is known."""
 
-    def __init__(self, app: App, door: Doorkeeper, max_body_bytes: int, refusal: Refusal) -> None:
-        self._app, self._door, self._max_body_bytes, self._refusal = app, door, max_body_bytes, refusal
+    def __init__(self, app: App, door: Doorkeeper, max_body_bytes: int, max_bytes_in_flight: int, refusal: Refusal) -> None:
+        """Limit the bytes of one request, and of all that are not answered yet."""
+        self._app, self._door, self._refusal = app, door, refusal
+        self._max_body_bytes, self._max_bytes_in_flight = max_body_bytes, max_bytes_in_flight
+        self._bytes_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
@@ -49,28 +52,37 @@ class Guard:
 
         try:
             state["key"] = self._door.key_of(_header(scope, b"authorization"))  # who has none is not even read
-            body = await _read(scope, receive, self._max_body_bytes)
+            body = await self._read(scope, receive)
             await self._app(scope, _replay(body, receive), counted_send)
         except MultiLoraError as error:
             await _refuse(self._refusal(error), counted_send)
         finally:
+            self._bytes_in_flight -= len(body)
             _log(scope, status, time.monotonic() - started, body)
 
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """Read a body and count it as in flight. Raises TooLargeError as soon as it is known, CapacityError for want of room."""
+        announced = _header(scope, b"content-length") or "0"
+        if announced.isdecimal() and int(announced) > self._max_body_bytes:
+            raise self._too_large()
+        parts, more = [], True
+        try:
+            while more:
+                message = await receive()
+                parts.append(message.get("body", b""))
+                self._bytes_in_flight += len(parts[-1])
+                if sum(map(len, parts)) > self._max_body_bytes:
+                    raise self._too_large()
+                if self._bytes_in_flight > self._max_bytes_in_flight:
+                    raise CapacityError(f"requests of {self._max_bytes_in_flight} bytes are waiting; retry in a second")
+                more = message.get("more_body", False)
+        except BaseException:
+            self._bytes_in_flight -= sum(map(len, parts))
+            raise
+        return b"".join(parts)
 
-async def _read(scope: Scope, receive: Receive, most: int) -> bytes:
-    """Read a body of at most so many bytes. Raises TooLargeError as soon as it is known."""
-    announced = _header(scope, b"content-length") or "0"
-    parts, size = [], int(announced) if announced.isdecimal() else 0
-    more = size <= most
-    size = size if not more else 0
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        more = size <= most and message.get("more_body", False)
-    if size > most:
-        raise TooLargeError(f"a request has at most {most} bytes; send fewer inputs at a time")
-    return b"".join(parts)
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"a request has at most {self._max_body_bytes} bytes; send fewer inputs at a time")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,33 +1,47 @@
 """One copy of the server: follows the registry's champions, batches requests across tasks, and answers. No Ray, no HTTP.
 
 An asyncio loop owns the queue; one thread per base owns the engine's forward passes; adapters load in other threads. A
-promotion swaps the task's key at once: requests that came before it finish on the version they were queued for.
+promotion swaps the task's version at once: requests that came before it finish on the version they were queued for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from multilora.artifact import read_artifact
-from multilora.base_model import load_base
-from multilora.errors import AdapterError, CapacityError, RequestError
+from multilora.errors import AdapterError, CapacityError, DeadlineError, RequestError, TooLargeError, WrongRouteError
 from multilora.prompt import Prompt
 from multilora.registry import AdapterVersion, Registry
-from multilora.spec import BaseSpec
+from serve.adapter_store import AdapterStore
 from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
-from serve.base_server import BaseServer
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
-from serve.router import route
+from serve.router import pinned, unknown_task
 
 logger = logging.getLogger(__name__)
 
 LONG_CHARS = 10_000
 """A request with more text is tokenised off the event loop, which would stand still for more than 10 ms."""
+NUM_PINS = 1024
+"""Versions that were asked for by number and are remembered."""
+SHARE_OF_TIME = 0.2
+"""Most of the time that looking at the registry may take; it holds the interpreter, which answers need."""
+
+Item = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A task's champion, as this replica has it."""
+
+    version: AdapterVersion
+    bound: BoundAdapter | None
+    """None where it is not in host memory now."""
+    is_resident: bool
+    """Whether it sits in a device slot."""
 
 
 class Replica:
@@ -36,18 +50,12 @@ class Replica:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._registry = Registry(config.tracking_uri)
+        self._store = AdapterStore(config, self._registry)
         self._auto = AutoRouter(config, self._registry)
-        self._servers: dict[BaseSpec, BaseServer] = {}
-        self._server_of: dict[str, BaseServer] = {}
-        """By adapter key."""
-        self._keys: dict[str, str] = {}
-        """Task -> adapter key that answers new requests."""
-        self._versions: dict[str, AdapterVersion] = {}
-        """By adapter key."""
-        self._broken: dict[str, str] = {}
-        self._retry_at: dict[str, float] = {}
-        """Broken key -> loop time of the next try."""
-        self._in_flight: Counter[str] = Counter()
+        self._champions: dict[str, AdapterVersion] = {}
+        """Task -> version that answers new requests; a broken one only where the task has no good one."""
+        self._pins: OrderedDict[str, AdapterVersion] = OrderedDict()
+        """By `task@version`, least recently used first."""
         self._has_synced = False
 
     @property
@@ -58,30 +66,35 @@ class Replica:
     @property
     def broken(self) -> Mapping[str, str]:
         """`task@version` of champions that could not be bound, with the reason."""
-        return self._broken
+        return self._store.failures
 
-    def served(self) -> list[tuple[AdapterVersion, BoundAdapter, bool]]:
-        """Version, adapter and residency of every task that answers."""
-        rows = []
-        for task in sorted(self._keys):
-            key = self._keys[task]
-            engine = self._server_of[key].engine
-            rows.append((self._versions[key], engine.bound(key), key in engine.residents))
-        return rows
+    def served(self) -> list[Served]:
+        """Every task that answers."""
+        found = []
+        for _, version in sorted(self._champions.items()):
+            if version.key not in self.broken:
+                bound, is_resident = self._store.bound(version.key) or (None, False)
+                found.append(Served(version, bound, is_resident))
+        return found
 
-    async def classify(self, task: str, items: Sequence[str | Mapping[str, str]]) -> tuple[AdapterVersion, list[Answer]]:
+    async def classify(
+        self, model: str, items: Sequence[Item], *, may_truncate: bool = False
+    ) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with one of the task's labels each, by one adapter version.
 
-        Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError.
+        `model` is a task or `task@version`. Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError,
+        DeadlineError, and TooLargeError for an item that does not fit unless it may be truncated.
         """
-        return await self._answers(task, items, is_text=False)
+        return await self._answers(model, items, is_text=False, may_truncate=may_truncate)
 
-    async def generate(self, task: str, items: Sequence[str | Mapping[str, str]]) -> tuple[AdapterVersion, list[Answer]]:
+    async def generate(
+        self, model: str, items: Sequence[Item], *, may_truncate: bool = False
+    ) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with a text each, by one adapter version. Raises as `classify` does."""
-        return await self._answers(task, items, is_text=True)
+        return await self._answers(model, items, is_text=True, may_truncate=may_truncate)
 
     async def classify_auto(
-        self, items: Sequence[str | Mapping[str, str]], opens: Callable[[str], bool]
+        self, items: Sequence[Item], opens: Callable[[str], bool], *, may_truncate: bool = False
     ) -> tuple[AdapterVersion, list[RoutedAnswer]]:
         """Let the router choose a task that `opens` for each item, and the task answer; the version is the router's.
 
@@ -92,118 +105,125 @@ class Replica:
         places: dict[str, list[int]] = {}
         for place, task in enumerate(routed_tasks(choices)):
             places.setdefault(task, []).append(place)
-        answered = await asyncio.gather(*(self.classify(task, [items[i] for i in some]) for task, some in places.items()))
+        answered = await asyncio.gather(
+            *(self.classify(task, [items[i] for i in some], may_truncate=may_truncate) for task, some in places.items())
+        )
         found: dict[int, RoutedAnswer] = {}
         for some, (version, answers) in zip(places.values(), answered, strict=True):
             found |= {i: RoutedAnswer(choices[i], version, answer) for i, answer in zip(some, answers, strict=True)}
         return router, [found[place] for place in range(len(items))]
 
-    def _takes(self, task: str, item: str | Mapping[str, str]) -> bool:
-        """Whether a task is served, answers with labels, and has the item's columns."""
-        key = self._keys.get(task)
-        bound = self._server_of[key].engine.bound(key) if key else None
-        return bound is not None and not bound.max_new_tokens and bound.prompt_format.takes(item)
+    async def follow(self) -> None:
+        """Follow the champion aliases for ever; a registry that is away changes nothing."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            started = clock()
+            try:
+                await self.sync()
+            except Exception as error:  # noqa: BLE001  what is bound goes on answering, whatever the registry's client raises
+                logger.warning("registry unreadable error=%r", error)
+            await asyncio.sleep(max(self._config.poll_s, (clock() - started) * (1 / SHARE_OF_TIME - 1)))
+
+    async def sync(self) -> None:
+        """Bring what answers in line with the champions. A promoted version is bound before the task's requests go to it."""
+        champions = await asyncio.to_thread(self._registry.champions, dict(self._champions))
+        changed = [version for task, version in champions.items() if self._champions.get(task) != version]
+        # More than host memory holds need not be bound before the first request; a promotion must prove itself now.
+        num_eager = len(changed) if self._has_synced else self._config.num_host_adapters
+        self._champions |= {version.task: version for version in changed[num_eager:]}
+        await asyncio.gather(*(self._promote(version) for version in changed[:num_eager]))
+        for task in set(self._champions) - set(champions):
+            del self._champions[task]
+        self._store.forget_failures({version.key for version in champions.values()})
+        await self._auto.refresh([server.engine for server in self._store.servers()])
+        self._has_synced = True
+
+    async def close(self) -> None:
+        """Stop all engines."""
+        await self._store.close()
+
+    async def _promote(self, version: AdapterVersion) -> None:
+        try:
+            await self._store.bind(version)
+        except AdapterError:
+            before = self._champions.get(version.task)
+            if before is not None and before.key not in self.broken:
+                return  # the good version goes on answering
+        self._champions[version.task] = version
+
+    async def _answers(
+        self, model: str, items: Sequence[Item], *, is_text: bool, may_truncate: bool
+    ) -> tuple[AdapterVersion, list[Answer]]:
+        self._check_number(items)
+        try:
+            async with asyncio.timeout(self._config.deadline_s) as deadline:
+                version = await self._version(model)
+                async with self._store.using(version) as server:
+                    bound = server.engine.bound(version.key)
+                    if is_text != bool(bound.max_new_tokens):
+                        answers_with, path = ("labels", "/v1/classify") if is_text else ("free text", "/v1/generate")
+                        raise WrongRouteError(f"task {version.task} answers with {answers_with}: ask POST {path}")
+                    if server.num_waiting + len(items) > self._config.max_queue_inputs:
+                        raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
+                    prompts = await _prompts(server.engine, version.key, items)
+                    if not may_truncate:
+                        _check_lengths(prompts, bound.prompt_format.max_length_tokens)
+                    futures = [server.submit(Work(version.key, prompt)) for prompt in prompts]
+                    try:
+                        return version, list(await asyncio.gather(*futures))
+                    finally:
+                        # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
+                        for future in futures:
+                            future.cancel()
+        except TimeoutError as late:
+            if not deadline.expired():
+                raise
+            raise DeadlineError(f"no answer within {self._config.deadline_s:g} s; send fewer inputs, or come again") from late
+
+    async def _version(self, model: str) -> AdapterVersion:
+        """The version that a model names. Raises UnknownTaskError."""
+        if model in self._champions:
+            return self._champions[model]
+        pin = pinned(model)
+        champion = self._champions.get(pin[0]) if pin else None
+        if champion and champion.key == model:
+            return champion
+        version = self._pins.get(model)
+        if version is None and pin:
+            version = await asyncio.to_thread(self._registry.version, *pin)
+        if version is None:
+            raise unknown_task(model, self._champions)
+        self._pins[model] = version
+        self._pins.move_to_end(model)
+        if len(self._pins) > NUM_PINS:
+            self._pins.popitem(last=False)
+        return version
+
+    def _takes(self, task: str, item: Item) -> bool:
+        """Whether a task is served, answers with labels, and has the item's columns, as far as is known."""
+        version = self._champions.get(task)
+        if version is None or version.key in self.broken:
+            return False
+        known = self._store.bound(version.key)
+        return known is None or (not known[0].max_new_tokens and known[0].prompt_format.takes(item))
 
     def _check_number(self, items: Sequence[object]) -> None:
         if not 1 <= len(items) <= self._config.max_inputs_per_request:
             raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
 
-    async def _answers(
-        self, task: str, items: Sequence[str | Mapping[str, str]], *, is_text: bool
-    ) -> tuple[AdapterVersion, list[Answer]]:
-        self._check_number(items)
-        key = route(task, self._keys, self._broken)
-        server, version = self._server_of[key], self._versions[key]
-        if is_text != bool(server.engine.bound(key).max_new_tokens):
-            answers_with, path = ("labels", "/v1/classify") if is_text else ("free text", "/v1/generate")
-            raise RequestError(f"task {task} answers with {answers_with}: ask POST {path}")
-        futures: list[asyncio.Future[Answer]] = []
-        # Counted from here on, so that the version stays bound until the last answer.
-        self._in_flight[key] += 1
-        try:
-            prompts = await _prompts(server.engine, key, items)
-            if server.num_waiting + len(items) > self._config.max_queue_inputs:
-                raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
-            futures = [server.submit(Work(key, prompt)) for prompt in prompts]
-            return version, list(await asyncio.gather(*futures))
-        finally:
-            self._in_flight[key] -= 1
-            # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
-            for future in futures:
-                future.cancel()
 
-    async def follow(self) -> None:
-        """Follow the champion aliases for ever; a registry that is away changes nothing."""
-        while True:
-            try:
-                await self.sync()
-            except Exception as error:  # noqa: BLE001  what is bound goes on answering, whatever the registry's client raises
-                logger.warning("registry unreadable error=%r", error)
-            await asyncio.sleep(self._config.poll_s)
-
-    async def sync(self) -> None:
-        """Bring the served keys in line with the champions: bind new ones, swap, then let go of old ones."""
-        champions = await asyncio.to_thread(self._registry.champions)
-        wanted = {version.key: version for version in champions.values()}
-        self._broken = {key: reason for key, reason in self._broken.items() if key in wanted}
-        self._retry_at = {key: at for key, at in self._retry_at.items() if key in wanted}
-        for key, version in wanted.items():
-            if key in self._versions:
-                # Also a roll back to a version that still has requests to finish.
-                self._keys[version.task] = key
-            elif asyncio.get_running_loop().time() >= self._retry_at.get(key, -math.inf):
-                await self._try_to_bind(version)
-        for task in set(self._keys) - set(champions):
-            del self._keys[task]
-        await self._auto.refresh([server.engine for server in self._servers.values()])
-        self._has_synced = True
-        for key in [key for key in self._versions if key not in self._keys.values() and not self._in_flight[key]]:
-            del self._versions[key], self._in_flight[key]
-            # Waits for the running forward pass, which the event loop must not.
-            await asyncio.to_thread(self._server_of.pop(key).engine.unbind, key)
-
-    async def close(self) -> None:
-        """Stop all engines."""
-        for server in self._servers.values():
-            await server.close()
-
-    async def _try_to_bind(self, version: AdapterVersion) -> None:
-        key = version.key
-        try:
-            await self._bind(version)
-        except Exception as error:  # noqa: BLE001  one champion that cannot be bound must not keep the others from being bound
-            # Files that do not fit stay so; a download, a base or a full device may come right.
-            delay_s = math.inf if isinstance(error, AdapterError) else self._config.retry_s
-            self._retry_at[key] = asyncio.get_running_loop().time() + delay_s
-            self._broken[key] = str(error) or type(error).__name__
-            logger.error("champion not bound version=%s error=%r", key, error)
-        else:
-            self._broken.pop(key, None)
-            self._retry_at.pop(key, None)
-
-    async def _bind(self, version: AdapterVersion) -> None:
-        folder = await asyncio.to_thread(self._registry.download, version, self._config.downloads_dir)
-        artifact = await asyncio.to_thread(read_artifact, folder, version.digest)
-        if artifact.card.task != version.task:
-            raise AdapterError(f"{version.key} holds an adapter of task {artifact.card.task}: register it under that name")
-        spec = artifact.card.base
-        if spec not in self._servers:
-            base = await asyncio.to_thread(load_base, spec)
-            engine = await asyncio.to_thread(
-                Engine, base, self._config.num_slots, self._config.max_rank, self._config.max_batch_tokens
-            )
-            self._servers[spec] = BaseServer(engine, self._config.max_batch_tokens)
-        server = self._servers[spec]
-        key = await asyncio.to_thread(server.engine.bind, artifact, version.version)
-        self._server_of[key] = server
-        self._versions[key] = version
-        # From here on new requests of the task use the new version.
-        self._keys[version.task] = key
-        logger.info("champion bound version=%s digest=%s", key, version.digest[:12])
-
-
-async def _prompts(engine: Engine, key: str, items: Sequence[str | Mapping[str, str]]) -> list[Prompt]:
+async def _prompts(engine: Engine, key: str, items: Sequence[Item]) -> list[Prompt]:
     num_chars = sum(len(item) if isinstance(item, str) else sum(map(len, item.values())) for item in items)
     if num_chars <= LONG_CHARS:
         return [engine.prompt(key, item) for item in items]
     return await asyncio.to_thread(lambda: [engine.prompt(key, item) for item in items])
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_length_tokens: int) -> None:
+    cut = [str(number) for number, prompt in enumerate(prompts, start=1) if prompt.is_truncated]
+    if cut:
+        what = f"input {', '.join(cut[:10])}" if len(prompts) > 1 else "the input"
+        raise TooLargeError(
+            f"{what} does not fit the task's max_length of {max_length_tokens} tokens; "
+            "shorten it, or send truncate: true to have its end left out"
+        )

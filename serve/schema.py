@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,31 +15,42 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class ClassifyRequest(Body):
+class Request(Body):
     """One or many inputs for one task."""
 
     model: str = Field(max_length=200)
-    """Task name; to /v1/classify also `auto`, which lets the router choose a task for each input."""
+    """Task name, or `task@version` for a version that is not the champion."""
     input: Item | list[Item]
     """A text, or an object with the task's input columns, or a list of either."""
+    truncate: bool = False
+    """Whether the end of an input that is longer than the task's max_length may be left out; otherwise it is an error."""
+
+
+class ClassifyRequest(Request):
+    """One or many inputs to label; the model `auto` lets the router choose a task for each of them."""
+
+    abstain_below: float | None = Field(default=None, ge=0, le=1)
+    """An input whose most probable label is less probable than this gets the label null."""
 
 
 class ClassifyResult(Body):
     """The answer to one input."""
 
-    label: str
-    """The most probable label; never anything outside the task's label set."""
+    label: str | None
+    """The most probable label, never anything outside the task's label set; null where it is below `abstain_below`."""
     probabilities: dict[str, float]
     """Probability of every label, calibrated on the task's select examples."""
     is_truncated: bool
     """True where the input was longer than the task's max_length and its end was not read."""
+    is_abstained: bool
+    """True where no label was probable enough."""
 
 
 class ClassifyResponse(Body):
     """Answers in the order of the inputs, and which adapter version gave them."""
 
     model: str
-    """Task name."""
+    """The model that was asked."""
     version: int
     """Adapter version that answered."""
     digest: str
@@ -85,7 +96,7 @@ class AutoResponse(Body):
     """One per input."""
 
 
-class GenerateRequest(ClassifyRequest):
+class GenerateRequest(Request):
     """One or many inputs for one free-text task."""
 
 
@@ -104,7 +115,7 @@ class GenerateResponse(Body):
     """Texts in the order of the inputs, and which adapter version wrote them."""
 
     model: str
-    """Task name."""
+    """The model that was asked."""
     version: int
     """Adapter version that answered."""
     digest: str
@@ -122,14 +133,14 @@ class ModelInfo(Body):
     """Champion version that answers."""
     digest: str
     """sha256 of that version."""
-    labels: list[str]
-    """The label set; empty for a free-text task."""
-    columns: list[str]
+    labels: list[str] | None
+    """The label set; empty for a free-text task. This and what follows is null while the adapter is in the registry alone."""
+    columns: list[str] | None
     """Input columns; a plain text fills the first of them that the task names as its text."""
-    base: str
+    base: str | None
     """Base model."""
-    is_resident: bool
-    """Whether the adapter sits in a device slot of this replica now."""
+    residency: Literal["device", "host", "registry"]
+    """Where this replica has the adapter now: in a device slot, in host memory, or not yet fetched or let go again."""
 
 
 class ModelList(Body):
@@ -148,6 +159,10 @@ class ErrorDetail(Body):
     """What was expected, what was seen, what to do."""
     type: str
     """Kind of error."""
+    param: str | None = None
+    """The field of the request that is wrong, where it is one."""
+    code: str
+    """What a program should tell errors by."""
     routes: list[Route] | None = None
     """Where the router was not sure: what it made of every input."""
 

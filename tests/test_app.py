@@ -81,7 +81,7 @@ def serving(registry, tmp_path):
         config = {"tracking_uri": registry.tracking_uri, "downloads_dir": tmp_path / "downloads", **settings}
         settled = ServeConfig(**config)
         replica = Replica(settled)
-        app = build_app(replica, Doorkeeper(settled.keys_file), settled.max_body_bytes)
+        app = build_app(replica, Doorkeeper(settled.keys_file), settled)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica", timeout=60) as client:
             try:
@@ -124,7 +124,7 @@ async def until(is_true):
 def engine_held(replica, task):
     """Keep the engine that answers `task` busy, so that its requests stay in flight."""
     is_over = threading.Event()
-    thread = replica._server_of[replica._keys[task.name]]._thread
+    thread = server_of(replica, task.name)._thread
     thread.submit(is_over.wait)
     try:
         yield
@@ -142,8 +142,13 @@ def assert_probabilities(response, probabilities):
 def error_of(response, status):
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"}
-    assert set(response.json()["error"]) == {"message", "type"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     return response.json()["error"]
+
+
+def server_of(replica, task):
+    """The base's server that answers a task."""
+    return replica._store._bound[replica._champions[task].key]
 
 
 # Answers
@@ -167,12 +172,34 @@ async def test_many_inputs_are_answered_in_order(crown, serving, expected):
         assert_probabilities(await ask(client, MAIL, TEXTS), expected(MAIL_1, TEXTS))
 
 
-async def test_long_input_says_that_it_was_cut(crown, serving):
+async def test_long_input_is_cut_only_where_that_is_asked_for(crown, serving):
     crown(CARDS_1)
     async with serving() as (replica, client):
         await replica.sync()
-        body = (await ask(client, CARDS, ["card " * 15_000, "card"])).json()
+        error = error_of(await ask(client, CARDS, ["card", "card " * 15_000]), 413)
+        assert (error["code"], error["param"]) == ("too_large", "input")
+        assert "input 2 does not fit the task's max_length of" in error["message"]
+        assert "send truncate: true" in error["message"]
+        question = {"model": "cards", "input": ["card " * 15_000, "card"], "truncate": True}
+        body = (await client.post("/v1/classify", json=question)).json()
         assert [result["is_truncated"] for result in body["results"]] == [True, False]
+        assert replica._store.num_in_use == 0
+
+
+async def test_label_that_is_not_probable_enough_is_null(crown, serving, expected):
+    crown(CARDS_1)
+    (probabilities,) = expected(CARDS_1, TEXTS[:1])
+    best = max(probabilities, key=probabilities.get)
+    async with serving() as (replica, client):
+        await replica.sync()
+        for below, label in ((None, best), (0.0, best), (probabilities[best] - 1e-3, best), (probabilities[best] + 1e-3, None)):
+            question = {"model": "cards", "input": TEXTS[0], "abstain_below": below}
+            (result,) = (await client.post("/v1/classify", json=question)).json()["results"]
+            assert (result["label"], result["is_abstained"]) == (label, label is None)
+            assert result["probabilities"] == pytest.approx(probabilities, abs=1e-3)
+        for below in (-0.1, 1.1, "high"):
+            question = {"model": "cards", "input": TEXTS[0], "abstain_below": below}
+            assert error_of(await client.post("/v1/classify", json=question), 422)["param"] == "abstain_below"
 
 
 async def test_mixed_tasks_at_once_over_two_bases_with_few_slots(crown, serving, expected):
@@ -195,7 +222,7 @@ async def test_models_lists_what_answers(crown, serving):
         assert (mail["version"], mail["digest"]) == (version.version, version.digest)
         assert cards["labels"] == ["card lost", "card late", "rate"]
         assert mail["columns"] == ["subject", "body"]
-        assert [cards["is_resident"], mail["is_resident"]] == [False, True]
+        assert sorted([cards["residency"], mail["residency"]]) == ["device", "host"]
         assert cards["base"].endswith("encoder")
 
 
@@ -203,10 +230,12 @@ async def test_texts_come_from_their_own_route(crown, serving):
     version = crown(("seq2seq", MOOD, 1), SHORTEN_1)
     async with serving() as (replica, client):
         await replica.sync()
-        response = await client.post("/v1/generate", json={"model": "shorten", "input": [TEXTS[0], "card " * 500]})
+        question = {"model": "shorten", "input": [TEXTS[0], "card " * 500]}
+        assert error_of(await client.post("/v1/generate", json=question), 413)["code"] == "too_large"
+        response = await client.post("/v1/generate", json=question | {"truncate": True})
         body = response.json()
         assert (body["model"], body["version"], body["digest"]) == ("shorten", version.version, version.digest)
-        engine = replica._server_of[version.key].engine
+        engine = server_of(replica, "shorten").engine
         works = [Work(version.key, engine.prompt(version.key, text)) for text in (TEXTS[0], "card " * 500)]
         assert [result["text"] for result in body["results"]] == [answer.label for answer in engine.classify(works)]
         assert [result["is_truncated"] for result in body["results"]] == [False, True]
@@ -225,8 +254,8 @@ async def test_the_wrong_route_names_the_right_one(crown, serving):
             ("mood", "/v1/generate", "task mood answers with labels: ask POST /v1/classify"),
         ):
             error = error_of(await client.post(path, json={"model": task, "input": "a"}), 422)
-            assert error == {"message": message, "type": "RequestError"}
-        assert replica._in_flight.total() == 0
+            assert error == {"message": message, "type": "WrongRouteError", "param": "model", "code": "wrong_route"}
+        assert replica._store.num_in_use == 0
 
 
 # Refused requests
@@ -261,7 +290,7 @@ async def test_bad_bodies_are_refused_with_what_is_wrong(crown, serving):
             error = error_of(await client.post("/v1/classify", content=json.dumps(body), headers=JSON), 422)
             assert error["type"] == "RequestError"
             assert seen in error["message"], body
-        assert replica._in_flight.total() == 0
+        assert replica._store.num_in_use == 0
 
 
 async def test_bodies_that_are_no_json_are_refused(serving):
@@ -277,7 +306,7 @@ async def test_unknown_task_lists_the_tasks(crown, serving):
         response = await client.post("/v1/classify", json={"model": "weather", "input": "a"})
         assert error_of(response, 404)["message"] == "there is no task 'weather'; tasks are none yet"
         await replica.sync()
-        for name in ("weather", "cards@1", "Cards", ""):
+        for name in ("weather", "cards@99", "cards@0", "cards@x", "weather@1", "Cards", ""):
             response = await client.post("/v1/classify", json={"model": name, "input": "a"})
             assert error_of(response, 404)["message"] == f"there is no task {name!r}; tasks are cards, mood"
 
@@ -292,19 +321,20 @@ async def test_full_queue_is_429_with_retry_after_and_loses_nothing(crown, servi
     crown(CARDS_1)
     async with serving(max_queue_inputs=4, max_inputs_per_request=4) as (replica, client):
         await replica.sync()
-        server = replica._server_of[replica._keys["cards"]]
+        server = server_of(replica, "cards")
         with engine_held(replica, CARDS):
             first = asyncio.create_task(ask(client, CARDS, TEXTS[:1]))
-            await until(lambda: replica._in_flight.total() == 1 and server.num_waiting == 0)
+            await until(lambda: replica._store.num_in_use == 1 and server.num_waiting == 0)
             second = asyncio.create_task(ask(client, CARDS, TEXTS[:4]))
             await until(lambda: server.num_waiting == 4)
             third = await ask(client, CARDS, TEXTS[:1])
-            assert error_of(third, 429) == {"message": "4 inputs are waiting; retry in a second", "type": "CapacityError"}
+            error = error_of(third, 429)
+            assert (error["message"], error["code"]) == ("4 inputs are waiting; retry in a second", "overloaded")
             assert third.headers["retry-after"] == "1"
         assert_probabilities(await first, expected(CARDS_1, TEXTS[:1]))
         assert_probabilities(await second, expected(CARDS_1, TEXTS[:4]))
         assert_probabilities(await ask(client, CARDS, TEXTS[:4]), expected(CARDS_1, TEXTS[:4]))
-        assert replica._in_flight.total() == 0
+        assert replica._store.num_in_use == 0
 
 
 # Health
@@ -343,8 +373,6 @@ async def test_promotion_and_roll_back_swap_the_version(crown, serving, expected
             response = await ask(client, CARDS, TEXTS)
             assert (response.json()["version"], response.json()["digest"]) == (version.version, version.digest)
             assert_probabilities(response, expected(made_of, TEXTS))
-            (bound,) = {key for server in replica._servers.values() for key in server.engine._bound}
-            assert bound == version.key, "the version before is unbound"
 
 
 async def test_requests_in_flight_finish_on_their_version(crown, serving, expected):
@@ -353,19 +381,17 @@ async def test_requests_in_flight_finish_on_their_version(crown, serving, expect
         await replica.sync()
         with engine_held(replica, CARDS):
             early = [asyncio.create_task(ask(client, CARDS, TEXTS)) for _ in range(3)]
-            await until(lambda: replica._in_flight[first.key] == 3)
+            await until(lambda: replica._store._num_users[first.key] == 3)
             second = crown(CARDS_2)
             await replica.sync()
             late = asyncio.create_task(ask(client, CARDS, TEXTS))
-            await until(lambda: replica._in_flight[second.key] == 1)
+            await until(lambda: replica._store._num_users[second.key] == 1)
         for task in early:
             response = await task
             assert response.json()["digest"] == first.digest
             assert_probabilities(response, expected(CARDS_1, TEXTS))
         assert (await late).json()["digest"] == second.digest
         assert_probabilities(await late, expected(CARDS_2, TEXTS))
-        await replica.sync()
-        assert set(replica._versions) == {second.key}
 
 
 async def test_roll_back_to_a_version_that_still_has_requests_is_at_once(crown, serving):
@@ -374,13 +400,13 @@ async def test_roll_back_to_a_version_that_still_has_requests_is_at_once(crown, 
         await replica.sync()
         with engine_held(replica, CARDS):
             early = asyncio.create_task(ask(client, CARDS, TEXTS))
-            await until(lambda: replica._in_flight[first.key] == 1)
+            await until(lambda: replica._store._num_users[first.key] == 1)
             crown(CARDS_2)
             await replica.sync()
             crown(CARDS_1)
             await replica.sync()
             late = asyncio.create_task(ask(client, CARDS, TEXTS))
-            await until(lambda: replica._in_flight[first.key] == 2)
+            await until(lambda: replica._store._num_users[first.key] == 2)
         assert (await early).json()["digest"] == (await late).json()["digest"] == first.digest
 
 
@@ -411,7 +437,116 @@ async def test_champion_that_disappears_is_no_longer_served(crown, serving, regi
         assert (await ask(client, MOOD, TEXTS)).status_code == 200
 
 
+# Versions by number, host memory
+
+
+async def test_a_version_is_pinned_by_its_number(crown, serving, expected):
+    first, second = crown(CARDS_1), crown(CARDS_2)
+    async with serving() as (replica, client):
+        await replica.sync()
+        for version, made_of in ((first, CARDS_1), (second, CARDS_2), (first, CARDS_1)):
+            response = await client.post("/v1/classify", json={"model": version.key, "input": TEXTS})
+            assert_probabilities(response, expected(made_of, TEXTS))
+            body = response.json()
+            assert (body["model"], body["version"], body["digest"]) == (version.key, version.version, version.digest)
+        assert (await ask(client, CARDS, TEXTS)).json()["digest"] == second.digest
+
+
+async def test_a_key_for_a_task_opens_its_versions_and_no_others(crown, serving, tmp_path):
+    version, other = crown(CARDS_1), crown(MOOD_1)
+    _, secret = create_key(tmp_path / "keys.json", "cards only", ["cards"], None, "")
+    async with serving(keys_file=tmp_path / "keys.json") as (replica, client):
+        client.headers["Authorization"] = f"Bearer {secret}"
+        await replica.sync()
+        for key, status in ((version.key, 200), (other.key, 403)):
+            assert (await client.post("/v1/classify", json={"model": key, "input": TEXTS[0]})).status_code == status
+
+
+async def test_more_adapters_than_host_memory_holds_come_and_go(crown, serving, expected):
+    tasks = [CARDS_1, MOOD_1, MAIL_1]
+    crown(*tasks)
+    async with serving(num_host_adapters=1, num_slots=1) as (replica, client):
+        await replica.sync()
+        listed = {model["id"]: model for model in (await client.get("/v1/models")).json()["data"]}
+        assert sorted(model["residency"] for model in listed.values()) == ["device", "registry", "registry"]
+        assert {name for name, model in listed.items() if model["labels"] is None} == {"mail", "mood"}
+        for made_of in tasks * 2:
+            assert_probabilities(await ask(client, made_of[1], TEXTS), expected(made_of, TEXTS))
+            assert len(replica._store._bound) == 1
+            (server,) = replica._store.servers()
+            assert list(server.engine._bound) == list(replica._store._bound)
+        responses = await asyncio.gather(*(ask(client, made_of[1], TEXTS) for made_of in tasks * 3))
+        for made_of, response in zip(tasks * 3, responses, strict=True):
+            assert_probabilities(response, expected(made_of, TEXTS))
+
+
+async def test_an_adapter_with_requests_in_flight_stays_in_host_memory(crown, serving, expected):
+    crown(CARDS_1, MOOD_1)
+    async with serving(num_host_adapters=1) as (replica, client):
+        await replica.sync()
+        with engine_held(replica, CARDS):
+            asking = asyncio.create_task(ask(client, CARDS, TEXTS))
+            await until(lambda: replica._store.num_in_use == 1)
+            also = asyncio.create_task(ask(client, MOOD, TEXTS))
+            await until(lambda: len(replica._store._bound) == 2)
+        assert_probabilities(await asking, expected(CARDS_1, TEXTS))
+        assert_probabilities(await also, expected(MOOD_1, TEXTS))
+
+
+async def test_a_version_is_loaded_once_however_many_ask(crown, serving, expected, monkeypatch):
+    crown(CARDS_1, MOOD_1)
+    loaded = []
+    bind = Engine.bind
+    monkeypatch.setattr(Engine, "bind", lambda self, artifact, version: loaded.append(artifact) or bind(self, artifact, version))
+    async with serving(num_host_adapters=1) as (replica, client):
+        await replica.sync()
+        assert [artifact.card.task for artifact in loaded] == ["cards"]
+        responses = await asyncio.gather(*(ask(client, MOOD, TEXTS) for _ in range(8)))
+        assert [artifact.card.task for artifact in loaded] == ["cards", "mood"]
+        for response in responses:
+            assert_probabilities(response, expected(MOOD_1, TEXTS))
+
+
+async def test_a_load_goes_on_where_its_caller_leaves(crown, serving, expected):
+    crown(CARDS_1, MOOD_1)
+    async with serving(num_host_adapters=1) as (replica, client):
+        await replica.sync()
+        leaving = asyncio.create_task(ask(client, MOOD, TEXTS))
+        await until(lambda: replica._store._loads)
+        leaving.cancel()
+        await until(lambda: not replica._store._loads)
+        assert list(replica._store._bound) == [replica._champions["mood"].key]
+        assert replica._store.num_in_use == 0
+
+
+async def test_no_answer_in_time_is_504(crown, serving, expected):
+    crown(CARDS_1)
+    async with serving(deadline_s=0.05) as (replica, client):
+        await replica.sync()
+        with engine_held(replica, CARDS):
+            error = error_of(await ask(client, CARDS, TEXTS), 504)
+        assert error["code"] == "deadline_exceeded"
+        assert error["message"] == "no answer within 0.05 s; send fewer inputs, or come again"
+        assert replica._store.num_in_use == 0
+    async with serving() as (replica, client):
+        await replica.sync()
+        assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_1, TEXTS))
+
+
 # Champions that cannot be bound
+
+
+async def test_broken_version_that_is_loaded_late_is_503_and_listed(broken, crown, serving, expected):
+    crown(CARDS_1, MOOD_1)
+    async with serving(num_host_adapters=1) as (replica, client):
+        await replica.sync()
+        version = broken()
+        replica._champions["cards"] = version  # as if the first look had left it in the registry
+        for _ in range(2):
+            assert "canary scores differ" in error_of(await ask(client, CARDS, TEXTS), 503)["message"]
+        models = (await client.get("/v1/models")).json()
+        assert ([model["id"] for model in models["data"]], list(models["broken"])) == (["mood"], [version.key])
+        assert_probabilities(await ask(client, MOOD, TEXTS), expected(MOOD_1, TEXTS))
 
 
 @pytest.fixture
@@ -508,12 +643,12 @@ async def test_adapter_that_goes_bad_does_not_take_the_mixed_batch_with_it(crown
     crown(CARDS_1, MOOD_1, MAIL_1)
     async with serving(num_slots=1) as (replica, client):
         await replica.sync()
-        engine = replica._server_of[replica._keys["cards"]].engine
-        for a_RI, _ in engine.bound(replica._keys["cards"]).tensors.values():
+        engine = server_of(replica, "cards").engine
+        for a_RI, _ in engine.bound(replica._champions["cards"].key).tensors.values():
             a_RI.mul_(float("nan"))
         with engine_held(replica, CARDS):
             asking = [asyncio.create_task(ask(client, task, TEXTS[:2])) for task in (MOOD, CARDS, MAIL, MOOD)]
-            await until(lambda: replica._in_flight.total() == 4)
+            await until(lambda: replica._store.num_in_use == 4)
         mood, cards, mail, _ = await asyncio.gather(*asking)
         assert "cards@" in error_of(cards, 503)["message"]
         assert_probabilities(mood, expected(MOOD_1, TEXTS[:2]))
@@ -526,16 +661,16 @@ async def test_caller_that_leaves_before_a_promotion_harms_nobody(crown, serving
         await replica.sync()
         with engine_held(replica, CARDS):
             blocking = asyncio.create_task(ask(client, MOOD, TEXTS[:1]))
-            await until(lambda: replica._in_flight.total() == 1)
+            await until(lambda: replica._store.num_in_use == 1)
             leaving = asyncio.create_task(replica.classify("cards", TEXTS))
-            await until(lambda: replica._in_flight.total() == 2)
+            await until(lambda: replica._store.num_in_use == 2)
             leaving.cancel()
             await asyncio.wait([leaving])
-            assert replica._in_flight.total() == 1
+            assert replica._store.num_in_use == 1
             crown(CARDS_2)
             await replica.sync()
             staying = asyncio.create_task(ask(client, MOOD, TEXTS))
-            await until(lambda: replica._in_flight.total() == 2)
+            await until(lambda: replica._store.num_in_use == 2)
         assert_probabilities(await staying, expected(MOOD_1, TEXTS))
         assert_probabilities(await blocking, expected(MOOD_1, TEXTS[:1]))
         assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_2, TEXTS))
@@ -545,9 +680,9 @@ async def test_failure_that_nobody_foresaw_has_the_same_shape(crown, serving):
     crown(CARDS_1)
     async with serving() as (replica, client):
         await replica.sync()
-        replica._versions.clear()
+        replica._champions["cards"] = None
         error = error_of(await ask(client, CARDS, TEXTS[:1]), 500)
-        assert error == {"message": "the server failed; its log says why", "type": "InternalError"}
+        assert (error["message"], error["code"]) == ("the server failed; its log says why", "internal_error")
 
 
 # Following the registry
@@ -560,7 +695,7 @@ async def test_follower_brings_promotions_by_itself(crown, serving):
         await until(lambda: replica.is_ready)
         assert (await ask(client, CARDS, TEXTS[:1])).json()["digest"] == first.digest
         second = crown(CARDS_2)
-        await until(lambda: replica._keys["cards"] == second.key)
+        await until(lambda: replica._champions["cards"] == second)
         assert (await ask(client, CARDS, TEXTS[:1])).json()["digest"] == second.digest
         following.cancel()
         await asyncio.wait([following])

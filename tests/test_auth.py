@@ -1,5 +1,6 @@
 """Keys: hashed on disk, compared whole, for their tasks and rate alone; without one only the health checks answer."""
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -140,7 +141,11 @@ async def echo(scope, receive, send):
 
 
 def refusal(error):
-    return {"UnauthorizedError": 401, "TooLargeError": 413}[type(error).__name__], {"error": str(error)}, {"X-Kind": "refused"}
+    return (
+        {"UnauthorizedError": 401, "TooLargeError": 413, "CapacityError": 429}[type(error).__name__],
+        {"error": str(error)},
+        {"X-Kind": "refused"},
+    )
 
 
 @pytest.fixture
@@ -150,7 +155,7 @@ def anyio_backend():
 
 @pytest.mark.anyio
 async def test_a_body_is_read_no_further_than_allowed(file):
-    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(None), 10, refusal))
+    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(None), 10, 12, refusal))
 
     async def endless():
         for _ in range(3):
@@ -166,9 +171,32 @@ async def test_a_body_is_read_no_further_than_allowed(file):
 
 
 @pytest.mark.anyio
+async def test_bodies_that_wait_are_bounded_together():
+    """Two requests of 8 bytes are more than 12; the second is told so, and the bytes of both are given back."""
+    has_one, may_go = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope, receive, send):
+        has_one.set()
+        await may_go.wait()
+        await echo(scope, receive, send)
+
+    transport = httpx.ASGITransport(Guard(slow, Doorkeeper(None), 10, 12, refusal))
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        for _ in range(2):
+            first = asyncio.create_task(client.post("/", content=b"01234567"))
+            await has_one.wait()
+            second = await client.post("/", content=b"01234567")
+            assert (second.status_code, second.headers["x-kind"]) == (429, "refused")
+            may_go.set()
+            assert (await first).content == b"01234567"
+            has_one.clear()
+            may_go.clear()
+
+
+@pytest.mark.anyio
 async def test_every_path_wants_the_key_and_leaves_a_line_without_the_text(file, caplog):
     key, secret = create_key(file, "billing", ["*"], None, WHEN)
-    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(file), 1000, refusal))
+    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(file), 1000, 1000, refusal))
     caplog.set_level(logging.INFO, logger="serve.audit")
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         for path in (
@@ -201,7 +229,7 @@ async def test_what_a_caller_sends_forges_no_line_and_no_field(caplog):
         await echo({**scope, "state": {"audit": {}}}, receive, send)
 
     caplog.set_level(logging.INFO, logger="serve.audit")
-    transport = httpx.ASGITransport(Guard(tells_its_task, Doorkeeper(None), 1000, refusal))
+    transport = httpx.ASGITransport(Guard(tells_its_task, Doorkeeper(None), 1000, 1000, refusal))
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         await client.post("/a%0Ab key=x", content=b"")
     (line,) = caplog.messages

@@ -263,9 +263,7 @@ def test_free_texts_and_fewer_rows_than_ranks(two, one):
 
 
 def test_ranks_that_see_different_checkpoints_all_say_so(two):
-    assert set(outcomes(two, "blind")) == {
-        "workers see different checkpoints of plain: put the workspace on storage they share"
-    }
+    assert set(outcomes(two, "blind")) == {"workers see different checkpoints of plain: put the workspace on storage they share"}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 7])

@@ -11,7 +11,7 @@ from orchestrator.gates import load_gate, store_gate
 
 GATE = (
     Example("a1", {"text": "where is my card"}, "card lost"),
-    Example("b2", {"text": "line\u2028separator\nand \"quotes\" é日本 😀"}, "rate"),
+    Example("b2", {"text": 'line\u2028separator\nand "quotes" é日本 😀'}, "rate"),
     Example("c3", {"subject": "", "body": "\x85 next line\r\n"}, "card lost"),
 )
 FINGERPRINT = gate_fingerprint_of(GATE)

@@ -67,9 +67,7 @@ def test_each_task_is_in_one_group_within_budget_or_refused(seed):
     for group in plan.groups:
         assert {base_of[task] for task in group.members} == {group.base}
         assert 1 <= group.num_slots <= min(max_slots, len(group.members))
-        assert group.memory_bytes <= (
-            group.gpus * cluster.memory_bytes_per_gpu if group.gpus else cluster.memory_bytes_per_node
-        )
+        assert group.memory_bytes <= (group.gpus * cluster.memory_bytes_per_gpu if group.gpus else cluster.memory_bytes_per_node)
         nodes = cluster.nodes_for(group.accelerator, group.node_labels).values()
         assert sum(node.num_workers(group.gpus, group.cpus) for node in nodes) >= group.workers
         assert has_room(group, [], cluster)

@@ -1,33 +1,25 @@
-"""Routing: a task's champion answers; an unknown task is told which there are; a broken one is told why."""
+"""What a model's name means: a task, or a version of it; an unknown one is told which tasks there are."""
 
 import pytest
 
-from multilora.errors import AdapterError, UnknownTaskError
-from serve.router import route
-
-KEYS = {"mood": "mood@3", "cards": "cards@1"}
-BROKEN = {"mail@2": "wrong base", "mood@4": "no canaries"}
+from serve.router import pinned, task_of, unknown_task
 
 
-def test_task_goes_to_its_champion():
-    assert route("cards", KEYS, {}) == "cards@1"
+def test_a_version_is_pinned_by_its_number():
+    assert pinned("mood@3") == ("mood", 3)
+    assert task_of("mood@3") == task_of("mood") == "mood"
 
 
-def test_task_goes_to_the_last_good_champion_while_the_new_one_is_broken():
-    assert route("mood", KEYS, BROKEN) == "mood@3"
+@pytest.mark.parametrize(
+    "model", ["mood", "mood@", "mood@0", "mood@03", "mood@x", "mood@1@2", "Mood@1", "../mood@1", "@1", "", "mood@1\n"]
+)
+def test_other_names_pin_nothing(model):
+    assert pinned(model) is None
+    assert task_of(model) == model
 
 
-def test_task_without_a_good_champion_says_what_is_wrong():
-    with pytest.raises(AdapterError, match="task mail cannot answer now: wrong base"):
-        route("mail", KEYS, BROKEN)
-
-
-@pytest.mark.parametrize("model", ["mai", "mail@2", "mood@3", "cards ", "Cards", ""])
-def test_other_names_are_told_the_tasks(model):
-    with pytest.raises(UnknownTaskError, match=f"there is no task {model!r}; tasks are cards, mood"):
-        route(model, KEYS, BROKEN)
-
-
-def test_empty_endpoint_says_so():
-    with pytest.raises(UnknownTaskError, match="there is no task 'cards'; tasks are none yet"):
-        route("cards", {}, {})
+def test_unknown_task_lists_the_tasks():
+    assert str(unknown_task("mod", {"mood", "cards"})) == "there is no task 'mod'; tasks are cards, mood"
+    assert str(unknown_task("mod", ())) == "there is no task 'mod'; tasks are none yet"
+    many = [f"task-{number:03}" for number in range(1000)]
+    assert str(unknown_task("mod", many)).endswith("task-048, task-049 and 950 more: GET /v1/models")
