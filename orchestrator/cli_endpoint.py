@@ -22,22 +22,34 @@ def serve(
         str, typer.Option("--host", help="Address to listen on; another than this machine's wants API keys.")
     ] = "127.0.0.1",
     port: Port = 8000,
-    replicas: Annotated[int, typer.Option("--replicas", min=1)] = 1,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Copies of the server, each with its own base.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", min=1, help="Let their number grow up to this one while requests queue up.")
+    ] = None,
+    slots: Annotated[int, typer.Option("--slots", min=1, help="Adapters on the device at once, per base.")] = 16,
+    host_adapters: Annotated[int, typer.Option("--host-adapters", min=1, help="Adapters in host memory at once.")] = 256,
     foreground: Foreground = False,
     workspace: Workspace = None,
 ) -> None:
     """Start the endpoint that answers for every task's champion, and return when it is ready."""
     config = config_of(workspace)
+    num_replicas = (replicas, max_replicas or replicas)
     with errors():
+        if num_replicas[1] < num_replicas[0]:
+            raise typer.BadParameter(f"--max-replicas {max_replicas} is below --replicas {replicas}")
         if foreground:
-            from orchestrator.deploy import run_endpoint
+            from orchestrator.ingress import haproxy_in_front
 
-            run_endpoint(config, host, port, replicas)
+            with haproxy_in_front(config.ray_address):  # before Ray is imported
+                from orchestrator.deploy import run_endpoint
+
+                run_endpoint(config, host, port, num_replicas, {"num_slots": slots, "num_host_adapters": host_adapters})
             return
         from orchestrator.services import start_endpoint
         from serve.auth import read_keys
 
-        url = start_endpoint(config, host, port, replicas)
+        options = {"replicas": replicas, "max-replicas": max_replicas, "slots": slots, "host-adapters": host_adapters}
+        url = start_endpoint(config, host, port, options)
         header = " -H 'Authorization: Bearer ak-...'" if read_keys(config.keys_file) else ""
     print(f"serving at {url}  (try: curl{header} {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
 

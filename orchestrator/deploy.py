@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Mapping
 
 import psutil
 import ray
@@ -19,16 +20,21 @@ from serve.auth import read_keys
 from serve.config import ServeConfig
 
 
-def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas: int) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def run_endpoint(
+    config: OrchestratorConfig, host: str, port: int, num_replicas: tuple[int, int], settings: Mapping[str, object]
+) -> None:
+    """Serve until SIGTERM or SIGINT: the least and the most replicas, and settings of ServeConfig."""
     has_keys = bool(read_keys(config.keys_file))
     check_host(host, has_keys)
     os.environ["RAY_SERVE_LOG_TO_STDERR"] = "1"
-    settings = ServeConfig(
-        tracking_uri=config.registry_uri,
-        downloads_dir=config.downloads_dir / "serve",
-        keys_file=config.keys_file if has_keys else None,
-        audit_file=config.audit_file,
+    serve_config = ServeConfig.model_validate(
+        {
+            "tracking_uri": config.registry_uri,
+            "downloads_dir": config.downloads_dir / "serve",
+            "keys_file": config.keys_file if has_keys else None,
+            "audit_file": config.audit_file,
+            **settings,
+        }
     )
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()
@@ -36,9 +42,10 @@ def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: is_over.set())
     with ray_session(config):
-        num_gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= num_replicas else 0.0
-        num_cpus = 1.0 if num_gpus else max(1.0, (psutil.cpu_count() or 1) / num_replicas)
+        num_gpus = 1.0 if ray.cluster_resources().get("GPU", 0.0) >= num_replicas[1] else 0.0
+        num_cpus = 1.0 if num_gpus else max(1.0, (psutil.cpu_count() or 1) / num_replicas[1])
         ray_serve.start(http_options={"host": host, "port": port})
-        ray_serve.run(serve_application(settings, num_replicas, num_cpus, num_gpus), name=APP_NAME, route_prefix="/")
+        application = serve_application(serve_config, num_replicas, num_cpus, num_gpus)
+        ray_serve.run(application, name=APP_NAME, route_prefix="/")
         is_over.wait()
         ray_serve.shutdown()

@@ -19,12 +19,16 @@ KEY_VARIABLE = "ORCHESTRATOR_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def start_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas: int) -> str:
-    """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError."""
+def start_endpoint(config: OrchestratorConfig, host: str, port: int, options: Mapping[str, object]) -> str:
+    """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError.
+
+    `options` are those of the command `serve`, by their names.
+    """
     url = f"http://{host}:{port}"
     check_host(host, bool(read_keys(config.keys_file)))
     argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
-            "--host", host, "--port", str(port), "--replicas", str(num_replicas)]  # fmt: skip
+            "--host", host, "--port", str(port)]  # fmt: skip
+    argv += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     return background.start(config.serve_file, argv, url, "/readyz").url
 
 

@@ -106,28 +106,34 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
 class EngineReplica:
     """The deployment: builds the replica's parts and forwards to them."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    async def __init__(self, config: ServeConfig) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         setup_logging("INFO")
         if config.audit_file:
             log_apart(audit.name, config.audit_file)
         self._config, self._replica = config, Replica(config)
-        self._following: asyncio.Task[None] | None = None
+        self._following = asyncio.create_task(self._replica.follow())
+        # Requests come when this returns: not before the champions are bound.
+        await self._replica.wait_until_ready()
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Ray Serve calls
-        self._following = asyncio.get_running_loop().create_task(self._replica.follow())
         return build_app(self._replica, Doorkeeper(self._config.keys_file), self._config)
 
     async def check_health(self) -> None:
         """Let Ray replace a replica whose follower died."""
-        if self._following is not None and self._following.done():
+        if self._following.done():
             raise RuntimeError("the registry follower ended")
 
 
-def serve_application(config: ServeConfig, num_replicas: int, num_cpus: float, num_gpus: float) -> Any:
-    """Bind the deployment to its settings, ready for `ray.serve.run`."""
-    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cpus: float, num_gpus: float) -> Any:
+    """Bind the deployment to its settings, ready for `ray.serve.run`.
+
+    Where the most replicas are more than the least, Ray starts others while requests queue up; those that leave finish theirs.
+    """
+    least, most = num_replicas
+    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": config.target_requests_per_replica}
+    options: dict[str, Any] = {"num_replicas": least} if most == least else {"autoscaling_config": scaling}
     deployment: Any = EngineReplica
-    return deployment.options(num_replicas=num_replicas, ray_actor_options=options).bind(config)
+    return deployment.options(**options, ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus}).bind(config)
 
 
 def opens_of(request: Request) -> Callable[[str], bool]:

@@ -56,12 +56,16 @@ class Replica:
         """Task -> version that answers new requests; a broken one only where the task has no good one."""
         self._pins: OrderedDict[str, AdapterVersion] = OrderedDict()
         """By `task@version`, least recently used first."""
-        self._has_synced = False
+        self._has_synced = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """True once the champions of the first look at the registry are bound, canaries included."""
-        return self._has_synced
+        return self._has_synced.is_set()
+
+    async def wait_until_ready(self) -> None:
+        """Wait until the champions are bound."""
+        await self._has_synced.wait()
 
     @property
     def broken(self) -> Mapping[str, str]:
@@ -129,14 +133,14 @@ class Replica:
         champions = await asyncio.to_thread(self._registry.champions, dict(self._champions))
         changed = [version for task, version in champions.items() if self._champions.get(task) != version]
         # More than host memory holds need not be bound before the first request; a promotion must prove itself now.
-        num_eager = len(changed) if self._has_synced else self._config.num_host_adapters
+        num_eager = len(changed) if self.is_ready else self._config.num_host_adapters
         self._champions |= {version.task: version for version in changed[num_eager:]}
         await asyncio.gather(*(self._promote(version) for version in changed[:num_eager]))
         for task in set(self._champions) - set(champions):
             del self._champions[task]
         self._store.forget_failures({version.key for version in champions.values()})
         await self._auto.refresh([server.engine for server in self._store.servers()])
-        self._has_synced = True
+        self._has_synced.set()
 
     async def close(self) -> None:
         """Stop all engines."""
