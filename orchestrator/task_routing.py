@@ -16,7 +16,7 @@ from pathlib import Path
 
 from multilora.base_model import load_base
 from multilora.errors import AdapterError, DataError, Problem, RequestError, SpecError
-from multilora.registry import CHALLENGER, CHAMPION, ROUTER, TAG_STATUS, AdapterVersion, Registry
+from multilora.registry import ADAPTER_PATH, CHALLENGER, CHAMPION, ROUTER, TAG_STATUS, AdapterVersion, Registry
 from multilora.spec import BaseSpec, GateSpec, TaskSpec
 from multilora.task_router import ABSTAINED, RouterCard, TaskRouter, read_router, text_of
 from orchestrator.comparison import Evidence
@@ -80,7 +80,8 @@ def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precisio
     if missing:
         raise RequestError(f"the router that answers now knows {', '.join(missing)}: give their specs, too")
     data = _data_of(known, _stored_gates(config, known), precision)
-    folder = config.router_dir / data.fingerprint[:16]
+    # MLflow keeps the folder under its own name, where Registry.download looks for it.
+    folder = config.router_dir / data.fingerprint[:16] / ADAPTER_PATH
     router = fit_router(data, engine_of(data.base), folder)
     release = judge_router(data.gate, router, before, engine_of)
     version = _register(registry, router, folder)
