@@ -59,7 +59,8 @@ class RouterResult:
 def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precision: float = PRECISION) -> RouterResult:
     """Train a router over the tasks that have a champion, judge it, and promote it where it passes.
 
-    Raises RequestError for fewer than two such tasks, or where a task that the router knows now is not among the specs.
+    Raises RequestError for fewer than two such tasks, or where a task that the router knows now is not among the specs, or
+    its data is broken.
     """
     registry = Registry(config.registry_uri, config.artifact_root)
     registry.initialise()
@@ -67,8 +68,10 @@ def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precisio
     champions = registry.champions()
     known = [task for task in prepared if task.spec.name in champions]
     names = [task.spec.name for task in known]
+    broken = f" ({'; '.join(map(str, problems))})" if problems else ""
     if len(known) < 2:
-        raise RequestError(f"a router needs two tasks with champions, there is {', '.join(names) or 'none'}: submit them first")
+        rule = f"a router needs two tasks with champions, there is {', '.join(names) or 'none'}: submit them first"
+        raise RequestError(rule + broken)
 
     @cache
     def engine_of(base: BaseSpec) -> Engine:
@@ -78,7 +81,7 @@ def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precisio
     before = _usable(config, registry, champion, engine_of) if champion else None
     missing = [task for task in (before.card.tasks if before else ()) if task in champions and task not in names]
     if missing:
-        raise RequestError(f"the router that answers now knows {', '.join(missing)}: give their specs, too")
+        raise RequestError(f"the router that answers now knows {', '.join(missing)}: give their specs, too{broken}")
     data = _data_of(known, _stored_gates(config, known), precision)
     # MLflow keeps the folder under its own name, where Registry.download looks for it.
     folder = config.router_dir / data.fingerprint[:16] / ADAPTER_PATH
