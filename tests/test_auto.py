@@ -13,13 +13,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from tiny_adapters import CARDS, MAIL, MOOD, SHORTEN, item_of
 from tiny_routers import router_data, texts_of
+from typer.testing import CliRunner
 
 import serve.pyfunc_model as pyfunc_model
 import serve.pyfunc_router as pyfunc_router
 from multilora.registry import ADAPTER_PATH, CHAMPION, ROUTER
 from multilora.task_router import TaskRouter, write_router
+from orchestrator.cli import app as cli
 from orchestrator.router_fit import fit_router
 from serve.app import build_app
 from serve.auth import Doorkeeper, create_key
@@ -184,6 +187,27 @@ async def test_the_audit_names_the_tasks_that_answered(crown, serving, router_of
         with caplog.at_level(logging.INFO, logger=audit.name):
             results_of(await ask(client, [*asked(MOOD, 1), *asked(CARDS, 1)]))
         assert "auto:cards,mood" in caplog.text
+
+
+async def test_query_says_which_task_answered(crown, serving, router_of):
+    crown(CARDS, MOOD, MAIL, router_of())
+    version = crown(MOOD, seed=2)
+    (text,) = texts_of("mood", 1, "asked")
+    async with serving() as (replica, _):
+        server = uvicorn.Server(uvicorn.Config(build_app(replica, Doorkeeper(None), 10_000), port=0, log_level="error"))
+        running = asyncio.create_task(server.serve())
+        async with asyncio.timeout(60):
+            while not server.started:
+                await asyncio.sleep(0)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        query = ["query", ROUTER, text, "--url", url]
+        shown, told = [await asyncio.to_thread(CliRunner().invoke, cli, argv) for argv in (query, [*query, "--json"])]
+        server.should_exit = True
+        await running
+    assert shown.stdout.endswith(f"; {version.key})\t{text}\n")
+    found = json.loads(told.stdout)
+    expected = {"input": text, "model": ROUTER, "task": "mood", "version": version.version, "digest": version.digest}
+    assert expected.items() <= found.items()
 
 
 # Abstention
