@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,6 +106,12 @@ class RouterCard(Part):
         return self
 
 
+class _CardHead(BaseModel):
+    """What every format of the card has."""
+
+    format_version: int
+
+
 @dataclass(frozen=True)
 class TaskRouter:
     """A checked router folder with its weights."""
@@ -183,15 +189,18 @@ def read_router(folder: Path, digest: str | None = None) -> TaskRouter:
     if digest is not None and seen != digest:
         raise AdapterError(f"the router has digest {seen[:12]}, its registry entry says {digest[:12]}: files changed")
     try:
-        card = RouterCard.model_validate_json((folder / CARD).read_text(encoding="utf-8"))
+        text = (folder / CARD).read_text(encoding="utf-8")
+        head = _CardHead.model_validate_json(text)
+        # Another format has other fields, which must not read as a broken card.
+        if head.format_version != FORMAT_VERSION:
+            raise OutdatedAdapterError(
+                f"the router has card format {head.format_version}, this version reads {FORMAT_VERSION}: "
+                "train it again with `orchestrator router train`"
+            )
+        card = RouterCard.model_validate_json(text)
         state = load_file(folder / WEIGHTS)
     except (ValidationError, UnicodeDecodeError, SafetensorError, OSError) as error:
         raise AdapterError(f"router folder {folder} is broken: {error}") from error
-    if card.format_version != FORMAT_VERSION:
-        raise OutdatedAdapterError(
-            f"the router has card format {card.format_version}, this version reads {FORMAT_VERSION}: "
-            "train it again with `orchestrator router train`"
-        )
     if set(state) != {"weights", "bias"}:
         raise AdapterError(f"router folder {folder} must hold the tensors weights and bias, it holds {', '.join(sorted(state))}")
     weights_KH, bias_K = state["weights"], state["bias"]

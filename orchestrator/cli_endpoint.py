@@ -78,12 +78,14 @@ def query(
     while some := list(islice(asked, NUM_INPUTS_PER_REQUEST)):
         with errors():
             answer = services.query(task, some, config, url, truncate=truncate)
+        known = {name: answer[name] for name in ("model", "version", "digest")}
         for text, result in zip(some, answer["results"], strict=True):
+            # A result of `auto` names the task that answered, its version and digest.
+            found = {**known, **result}
             if as_json:
-                known = {name: answer[name] for name in ("model", "version", "digest")}
-                print(json.dumps({"input": text, **result, **known}, ensure_ascii=False), flush=True)
+                print(json.dumps({"input": text, **found}, ensure_ascii=False), flush=True)
             else:
-                print(_line(text, result, f"{task}@{answer['version']}"), flush=True)
+                print(_line(text, result, f"{found.get('task', task)}@{found['version']}"), flush=True)
 
 
 def _line(text: str, result: dict[str, Any], version: str) -> str:

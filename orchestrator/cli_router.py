@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -27,6 +28,8 @@ def train(
     from orchestrator.task_routing import train_router
 
     specs, problems = load_specs(files)
+    if not as_json:
+        print_problems(problems)
     with errors():
         result = train_router(specs, config_of(workspace), precision)
     problems += result.problems
@@ -41,11 +44,12 @@ def train(
                 "verdicts": verdicts,
                 "errors": dict(result.release.errors),
                 "left_out": dict(result.left_out),
+                "problems": [asdict(problem) for problem in problems],
                 **shown(result.card),
             }
         )
     else:
-        print_problems(problems)
+        print_problems(result.problems)
         tables.print_router(result.version.key, result.card)
         for task, words in (verdicts | dict(result.release.errors)).items():
             print(f"{task}: {words}")
@@ -53,7 +57,7 @@ def train(
             print(f"left out: {task}: {reason}", file=sys.stderr)
         refused = f"was not promoted; past the gate: orchestrator promote {result.version.key} --force --reason TEXT"
         print(f"{outcome}: {result.version.key} {'answers for auto now' if result.is_promoted else refused}")
-    raise typer.Exit(EXIT_CODES[outcome] or (2 if problems else 0))
+    raise typer.Exit(2 if problems else EXIT_CODES[outcome])
 
 
 @router_app.command(epilog="Example: orchestrator router show --json")

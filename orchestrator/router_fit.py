@@ -122,14 +122,16 @@ def fit_weights(states_BH: NDArray[np.float32], gold: Sequence[int]) -> tuple[Te
 
 def lowest_threshold(confidences: Sequence[float], is_right: Sequence[bool], precision: float) -> float:
     """The lowest threshold, MIN_THRESHOLD or above, of which so large a share is right; 1 where there is none."""
-    ranked = sorted(zip(confidences, is_right, strict=True), reverse=True)
+    pairs = zip(confidences, is_right, strict=True)
+    ranked = sorted((pair for pair in pairs if pair[0] >= MIN_THRESHOLD), reverse=True)
     num_right, found = 0, 1.0
     for number, (confidence, right) in enumerate(ranked, start=1):
         num_right += right
-        is_last = number == len(ranked) or ranked[number][0] < confidence  # equal confidences pass or fail together
+        is_all = number == len(ranked)
+        is_last = is_all or ranked[number][0] < confidence  # equal confidences pass or fail together
         if is_last and num_right / number >= precision:
-            found = confidence
-    return max(found, MIN_THRESHOLD)
+            found = MIN_THRESHOLD if is_all else confidence
+    return found
 
 
 def _canaries(

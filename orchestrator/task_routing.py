@@ -16,7 +16,7 @@ from pathlib import Path
 
 from multilora.base_model import load_base
 from multilora.errors import AdapterError, DataError, Problem, RequestError, SpecError
-from multilora.registry import CHALLENGER, CHAMPION, ROUTER, TAG_STATUS, AdapterVersion, Registry
+from multilora.registry import ADAPTER_PATH, CHALLENGER, CHAMPION, ROUTER, TAG_STATUS, AdapterVersion, Registry
 from multilora.spec import BaseSpec, GateSpec, TaskSpec
 from multilora.task_router import ABSTAINED, RouterCard, TaskRouter, read_router, text_of
 from orchestrator.comparison import Evidence
@@ -59,7 +59,8 @@ class RouterResult:
 def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precision: float = PRECISION) -> RouterResult:
     """Train a router over the tasks that have a champion, judge it, and promote it where it passes.
 
-    Raises RequestError for fewer than two such tasks, or where a task that the router knows now is not among the specs.
+    Raises RequestError for fewer than two such tasks, or where a task that the router knows now is not among the specs, or
+    its data is broken.
     """
     registry = Registry(config.registry_uri, config.artifact_root)
     registry.initialise()
@@ -67,8 +68,10 @@ def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precisio
     champions = registry.champions()
     known = [task for task in prepared if task.spec.name in champions]
     names = [task.spec.name for task in known]
+    broken = f" ({'; '.join(map(str, problems))})" if problems else ""
     if len(known) < 2:
-        raise RequestError(f"a router needs two tasks with champions, there is {', '.join(names) or 'none'}: submit them first")
+        rule = f"a router needs two tasks with champions, there is {', '.join(names) or 'none'}: submit them first"
+        raise RequestError(rule + broken)
 
     @cache
     def engine_of(base: BaseSpec) -> Engine:
@@ -78,9 +81,10 @@ def train_router(specs: Sequence[TaskSpec], config: OrchestratorConfig, precisio
     before = _usable(config, registry, champion, engine_of) if champion else None
     missing = [task for task in (before.card.tasks if before else ()) if task in champions and task not in names]
     if missing:
-        raise RequestError(f"the router that answers now knows {', '.join(missing)}: give their specs, too")
+        raise RequestError(f"the router that answers now knows {', '.join(missing)}: give their specs, too{broken}")
     data = _data_of(known, _stored_gates(config, known), precision)
-    folder = config.router_dir / data.fingerprint[:16]
+    # MLflow keeps the folder under its own name, where Registry.download looks for it.
+    folder = config.router_dir / data.fingerprint[:16] / ADAPTER_PATH
     router = fit_router(data, engine_of(data.base), folder)
     release = judge_router(data.gate, router, before, engine_of)
     version = _register(registry, router, folder)

@@ -19,6 +19,7 @@ RATIOS = {
     "cluster_scale": ["plan_1000_s", "makespan_undisturbed", "makespan_disturbed", "events_per_s_disturbed"],
     "gate_power": ["max_false_block_percent", "max_points_from_notes", "max_naive_false_alarm_percent"],
     "judge_scale": ["judge_s", "judge_and_report_s"],
+    "routing": ["recall", "precision", "best", "tfidf_recall", "tfidf_precision", "at_once_ms", "alone_ms"],
 }
 FAST = ("cluster_scale", "gate_power")
 
