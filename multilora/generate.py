@@ -19,7 +19,7 @@ from torch import Tensor
 from multilora.base_model import FrozenBase
 from multilora.lora import AdapterSlots
 from multilora.scoring import ScoringRow, padded
-from multilora.segments import order_by_slot, segments_of
+from multilora.segments import Segment, order_by_slot, segments_of
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _UNSETTLED = re.compile(r"[\s\ufffd]+$")
@@ -45,7 +45,7 @@ def generate(
     Returns the new tokens in the order of `rows`; the end token is among them where the answer came to its end.
     """
     answers: list[list[int]] = [[] for _ in rows]
-    writing = Writing(base, slots, rows, max_new_tokens)
+    writing = Writing(base, [row.token_ids for row in rows], max_new_tokens)
     row_slots = [row.slot for row in rows]
     while writing.alive:
         for row, token in writing.step(slots, row_slots).items():
@@ -57,18 +57,12 @@ class Writing:
     """Rows that are written together, one token a step. A row that is done leaves: long answers cost short ones nothing."""
 
     def __init__(
-        self,
-        base: FrozenBase,
-        slots: AdapterSlots,
-        rows: Sequence[ScoringRow],
-        max_new_tokens: Sequence[int],
-        num_alternatives: int = 0,
+        self, base: FrozenBase, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], num_alternatives: int = 0
     ) -> None:
-        """Only look at the rows: the first step reads the prompts. Every token gets `num_alternatives` alternatives."""
-        self.alive = order_by_slot([row.slot for row in rows], slots.ranks)
-        """Rows that are not done, equal slots side by side."""
-        self._num_left = list(max_new_tokens)
-        self._rows = rows
+        """Only take the prompts' tokens: the first step reads them. Every token gets `num_alternatives` alternatives."""
+        self.alive = list(range(len(prompts)))
+        """Rows that are not done."""
+        self._prompts, self._num_left = prompts, list(max_new_tokens)
         self._base, self._num_alternatives, self._ends = base, num_alternatives, end_ids(base)
         self._batch: _Batch | None = None
 
@@ -78,10 +72,13 @@ class Writing:
 
         `row_slots` says where each row's adapter sits now; rows that shared a slot must share it still.
         """
-        alive_slots = [row_slots[row] for row in self.alive]
         if self._batch is None:
-            self._batch = _Batch(self._base, slots, [self._rows[row] for row in self.alive], alive_slots)
-        logits_BV = self._batch.step(slots, alive_slots).float()
+            order = order_by_slot([row_slots[row] for row in self.alive], slots.ranks)
+            self.alive = [self.alive[position] for position in order]
+        segments = segments_of([row_slots[row] for row in self.alive])
+        if self._batch is None:
+            self._batch = _Batch(self._base, slots, [self._prompts[row] for row in self.alive], segments)
+        logits_BV = self._batch.step(slots, segments).float()
         best_B = logits_BV.argmax(-1)
         logits_BK, ids_BK = logits_BV.topk(self._num_alternatives)
         total_B1 = logits_BV.logsumexp(-1, keepdim=True)
@@ -160,24 +157,24 @@ class _Batch:
     """Rows that decode together, equal slots side by side: the model's inputs of the next step, and the cache of those before."""
 
     def __init__(
-        self, base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow], row_slots: Sequence[int | None]
+        self, base: FrozenBase, slots: AdapterSlots, prompts: Sequence[Sequence[int]], segments: Sequence[Segment]
     ) -> None:
         self._model: Any = base.model
         self._cache: Any = None
         self._encoded_BTH: Tensor | None = None
         # Without an encoder the answer goes on where the prompt ends, so all prompts must end at the same position.
-        self._ids_BT, self._mask_BT = padded(base, [row.token_ids for row in rows], is_left=base.family == "causal")
+        self._ids_BT, self._mask_BT = padded(base, prompts, is_left=base.family == "causal")
         if base.family == "seq2seq":
-            with slots.using(segments_of(row_slots)):
+            with slots.using(segments):
                 encoder = self._model.get_encoder()
                 self._encoded_BTH = encoder(input_ids=self._ids_BT, attention_mask=self._mask_BT).last_hidden_state
             start = int(self._model.config.decoder_start_token_id)
-            self._ids_BT = torch.full((len(rows), 1), start, device=base.device)
+            self._ids_BT = torch.full((len(prompts), 1), start, device=base.device)
 
-    def step(self, slots: AdapterSlots, row_slots: Sequence[int | None]) -> Tensor:
+    def step(self, slots: AdapterSlots, segments: Sequence[Segment]) -> Tensor:
         """Logits [B, V] of every row's next token."""
         inputs = {"past_key_values": self._cache, "use_cache": True, "attention_mask": self._mask_BT}
-        with slots.using(segments_of(row_slots)):
+        with slots.using(segments):
             if self._encoded_BTH is not None:
                 output = self._model(encoder_outputs=(self._encoded_BTH,), decoder_input_ids=self._ids_BT, **inputs)
             else:
