@@ -34,6 +34,7 @@ from serve.auto import RoutedAnswer
 from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.guard import Guard, audit
+from serve.openai_api import add_openai_routes, model_info
 from serve.replica import Replica
 from serve.schema import (
     AutoResponse,
@@ -47,7 +48,6 @@ from serve.schema import (
     GenerateResponse,
     GenerateResult,
     Item,
-    ModelInfo,
     ModelList,
     Route,
 )
@@ -75,11 +75,14 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
     def admit(request: Request, body: ClassifyRequest, *, is_routed: bool = False) -> list[Item]:
         """The inputs of a request whose key opens the task and has not asked too often; not so a routed one's tasks."""
         items = body.input if isinstance(body.input, list) else [body.input]
-        request.state.audit |= {"task": body.model, "num_inputs": len(items)}
-        if request.state.key is not None and not is_routed:
-            request.state.key.check_task(body.model)
-        door.count(request.state.key, len(items))
+        admit_inputs(request, body.model, len(items), is_routed=is_routed)
         return items
+
+    def admit_inputs(request: Request, model: str, num_inputs: int, *, is_routed: bool = False) -> None:
+        request.state.audit |= {"task": model, "num_inputs": num_inputs}
+        if request.state.key is not None and not is_routed:
+            request.state.key.check_task(model)
+        door.count(request.state.key, num_inputs)
 
     @app.post("/v1/classify", responses=ERRORS)
     async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse | AutoResponse:
@@ -108,21 +111,9 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
 
     @app.get("/v1/models")
     async def models(request: Request) -> ModelList:
-        """List the tasks that answer, and champions that could not be bound; of these, what the key opens."""
+        """List tasks and bases that answer, and champions that could not be bound; of these, what the key opens."""
         opens = opens_of(request)
-        rows = [
-            ModelInfo(
-                id=version.task,
-                version=version.version,
-                digest=version.digest,
-                labels=list(bound.labels.names),
-                columns=list(bound.prompt_format.columns),
-                base=bound.artifact.card.base.model,
-                is_resident=is_resident,
-            )
-            for version, bound, is_resident in replica.served()
-            if opens(version.task)
-        ]
+        rows = [model_info(name, source) for name, source in replica.sources().items() if opens(name)]
         broken = {key: reason for key, reason in replica.broken.items() if opens(key.partition("@")[0])}
         return ModelList(data=rows, broken=broken)
 
@@ -136,6 +127,7 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
 
+    add_openai_routes(app, replica, admit_inputs, _streamed_error)
     _answer_errors(app)
     return app
 
@@ -156,7 +148,7 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
         # The server logs the error itself; a caller can only be told that there was one.
-        return JSONResponse(_error_body("the server failed; its log says why", "InternalError"), status_code=500)
+        return JSONResponse(_streamed_error(error), status_code=500)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -222,6 +214,13 @@ def _refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
     routes = [_route(*found) for found in error.routes] if isinstance(error, UnroutedError) else None
     return status, _error_body(str(error), type(error).__name__, routes), headers
+
+
+def _streamed_error(error: Exception) -> dict[str, Any]:
+    """The body that tells of an error where there is no status to tell it with."""
+    if isinstance(error, MultiLoraError):
+        return _refusal(error)[1]
+    return _error_body("the server failed; its log says why", "InternalError")
 
 
 def _error_body(message: str, kind: str, routes: list[Route] | None = None) -> dict[str, Any]:

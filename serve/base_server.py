@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from multilora.base_model import FrozenBase
 from multilora.generate import Reader, Token
@@ -51,7 +51,8 @@ class Piece:
 
     text: str
     tokens: tuple[SpelledToken, ...]
-    is_last: bool
+    end: Literal["stop", "length"] | None
+    """How the text ended; None where more follows."""
 
 
 class TextStream:
@@ -79,8 +80,11 @@ class TextStream:
                 alternatives = tuple((reader.spell(other), logprob) for other, logprob in shown)
                 held.append(SpelledToken(reader.spell(token.id), token.logprob, alternatives))
                 text = reader.read(token.id, is_last=is_last)
-                if text or is_last:
-                    yield Piece(text, tuple(held), is_last)
+                if is_last:
+                    answer = await self.answer
+                    yield Piece(text, tuple(held), "length" if answer.is_cut_off else "stop")
+                elif text:
+                    yield Piece(text, tuple(held), None)
                     held = []
             await self.answer
         finally:

@@ -28,6 +28,8 @@ class ServeConfig(Part):
     """Inputs in one request."""
     max_body_bytes: int = Field(default=8 * 2**20, ge=1024)
     """Bytes of one request; more are answered with 413."""
+    max_base_tokens: int = Field(default=1024, ge=1)
+    """Most tokens of a text that a base itself writes where it is asked by its own name."""
     keys_file: Path | None = None
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None

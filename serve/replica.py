@@ -10,7 +10,9 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
@@ -28,6 +30,25 @@ logger = logging.getLogger(__name__)
 
 LONG_CHARS = 10_000
 """A request with more text is tokenised off the event loop, which would stand still for more than 10 ms."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who answers a request: an adapter version, or the base alone where it was asked for by its own name."""
+
+    server: BaseServer
+    version: AdapterVersion | None
+    """None is the base."""
+
+    @property
+    def bound(self) -> BoundAdapter | None:
+        """The version's adapter."""
+        return self.server.engine.bound(self.version.key) if self.version else None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the adapter, or the base's fingerprint."""
+        return self.version.digest if self.version else self.server.engine.base.files.fingerprint
 
 
 class Replica:
@@ -60,14 +81,11 @@ class Replica:
         """`task@version` of champions that could not be bound, with the reason."""
         return self._broken
 
-    def served(self) -> list[tuple[AdapterVersion, BoundAdapter, bool]]:
-        """Version, adapter and residency of every task that answers."""
-        rows = []
-        for task in sorted(self._keys):
-            key = self._keys[task]
-            engine = self._server_of[key].engine
-            rows.append((self._versions[key], engine.bound(key), key in engine.residents))
-        return rows
+    def sources(self) -> dict[str, Source]:
+        """Who answers, by name: every task, then the bases that write texts by themselves."""
+        tasks = {task: Source(self._server_of[key], self._versions[key]) for task, key in sorted(self._keys.items())}
+        bases = {name: Source(server, None) for name, server in self.bases().items()}
+        return tasks | {name: source for name, source in bases.items() if source.server.engine.base.family != "encoder"}
 
     async def classify(self, task: str, items: Sequence[str | Mapping[str, str]]) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with one of the task's labels each, by one adapter version.
@@ -131,6 +149,39 @@ class Replica:
             # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
             for future in futures:
                 future.cancel()
+
+    @asynccontextmanager
+    async def holding(self, model: str) -> AsyncIterator[Source]:
+        """Find who answers new requests of a task, or of a base's own name, and keep it bound for as long as it is asked.
+
+        Raises UnknownTaskError, AdapterError.
+        """
+        base = self.bases().get(model)
+        if base is not None:
+            yield Source(base, None)
+            return
+        key = route(model, self._keys, self._broken)
+        self._in_flight[key] += 1
+        try:
+            yield Source(self._server_of[key], self._versions[key])
+        finally:
+            self._in_flight[key] -= 1
+
+    def bases(self) -> dict[str, BaseServer]:
+        """Bases that can be asked by their own name: what has no slash could be a task's, and is never taken for a base's."""
+        return {spec.model: server for spec, server in reversed(self._servers.items()) if "/" in spec.model}
+
+    def check_room(self, server: BaseServer, num_inputs: int) -> None:
+        """Raises RequestError for too many inputs in a request, CapacityError for too many that wait."""
+        if not 1 <= num_inputs <= self._config.max_inputs_per_request:
+            raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {num_inputs}")
+        if server.num_waiting + num_inputs > self._config.max_queue_inputs:
+            raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
+
+    @property
+    def max_base_tokens(self) -> int:
+        """Most tokens of a text that a base writes by itself."""
+        return self._config.max_base_tokens
 
     async def follow(self) -> None:
         """Follow the champion aliases for ever; a registry that is away changes nothing."""
