@@ -102,7 +102,7 @@ class BaseServer:
         self.engine = engine
         self._labels: Batcher[Pending] = Batcher(max_batch_tokens)
         self._texts: Batcher[TextStream] = Batcher(max_batch_tokens)
-        self._writing: deque[tuple[Writer, list[TextStream]]] = deque()
+        self._writing: deque[tuple[Writer, Sequence[TextStream]]] = deque()
         """Writers in turn, with the streams of their rows."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._is_awake = asyncio.Event()
@@ -151,7 +151,11 @@ class BaseServer:
                 if len(self._writing) < MAX_WRITERS:
                     self._begin([stream for stream in self._texts.next_batch() if not stream.answer.done()])
                 if self._writing:
-                    await self._step(*self._writing.popleft())
+                    writer, streams = self._writing[0]
+                    goes_on = await self._step(writer, streams)
+                    self._writing.popleft()
+                    if goes_on:
+                        self._writing.append((writer, streams))
 
     async def _answer(self, batch: Sequence[Pending]) -> None:
         works = [pending.work for pending in batch]
@@ -178,8 +182,8 @@ class BaseServer:
         for writer, indices in self.engine.writers([stream.work for stream in streams]):
             self._writing.append((writer, [streams[index] for index in indices]))
 
-    async def _step(self, writer: Writer, streams: list[TextStream]) -> None:
-        """Write one token of each of a writer's texts, and put it at the end of the turn."""
+    async def _step(self, writer: Writer, streams: Sequence[TextStream]) -> bool:
+        """Write one token of each of a writer's texts; False where none of them goes on."""
         left = [row for row in writer.alive if streams[row].answer.done()]
         try:
             progress = await self._in_thread(lambda: self.engine.step(writer, left))
@@ -189,11 +193,11 @@ class BaseServer:
                 # Too much for one forward pass, perhaps: each adapter's texts are tried alone.
                 for key in keys:
                     self._begin([streams[row] for row in writer.alive if writer.works[row].key == key])
-                return
+                return False
             logger.exception("texts failed versions=%s size=%d", ",".join(map(str, keys)), len(writer.alive))
             for row in writer.alive:
                 _fail(streams[row].answer, error)
-            return
+            return False
         for row, token in progress.tokens.items():
             streams[row].put(token, is_last=row in progress.texts)
         for row, text in progress.texts.items():
@@ -202,8 +206,7 @@ class BaseServer:
         for row, failure in progress.errors.items():
             logger.error("text failed version=%s error=%r", writer.works[row].key, failure)
             _fail(streams[row].answer, failure)
-        if writer.alive:
-            self._writing.append((writer, streams))
+        return bool(writer.alive)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)

@@ -5,14 +5,15 @@ The `model` is a task, whose adapter answers, or a base's own name. A label is o
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -42,6 +43,9 @@ from serve.schema import ErrorBody, ModelInfo
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+CLIENT_LEFT = 499
+"""Status of what nobody reads, for the audit line."""
 Admit = Callable[[Request, str, int], None]
 """Checks that the request's key opens a model and may send so many inputs more; raises where not."""
 ErrorBodyOf = Callable[[Exception], dict[str, Any]]
@@ -105,8 +109,10 @@ async def _respond(
     request: Request, body: CompletionRequest | ChatRequest, chunks: AsyncIterator[Chunk], face: _Face, error_body: ErrorBodyOf
 ) -> Response:
     # What goes wrong before the first piece is an ordinary error with its status.
-    first = await anext(chunks)
-    source = first.source
+    begun = await _unless_left(request, _taken(chunks, 1 if body.stream else None))
+    if begun is None:
+        return Response(status_code=CLIENT_LEFT)
+    source = begun[0].source
     version = str(source.version.version) if source.version else "base"
     request.state.audit |= {"version": version, "digest": source.digest}
     headers = {"x-adapter-version": version, "x-adapter-digest": source.digest}
@@ -119,10 +125,32 @@ async def _respond(
     }
     if body.stream:
         has_usage = body.stream_options is not None and body.stream_options.include_usage
-        events = _events(head, _chained(first, chunks), face, error_body, has_usage=has_usage)
+        events = _events(head, _chained(begun, chunks), face, error_body, has_usage=has_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"})
-    every = [first, *[chunk async for chunk in chunks]]
-    return JSONResponse(face.whole({**head, "usage": _usage(every)}, every).model_dump(), headers=headers)
+    return JSONResponse(face.whole({**head, "usage": _usage(begun)}, begun).model_dump(), headers=headers)
+
+
+async def _taken(chunks: AsyncIterator[Chunk], most: int | None) -> list[Chunk]:
+    """The first chunks; None for all."""
+    taken: list[Chunk] = []
+    async for chunk in chunks:
+        taken.append(chunk)
+        if len(taken) == most:
+            break
+    return taken
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """Await work; where the caller leaves first, end it and return None."""
+    working = asyncio.create_task(work)
+    # The body was read, so what comes next is that the caller left.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 async def _events(
@@ -147,8 +175,9 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _chained(first: Chunk, rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
-    yield first
+async def _chained(begun: Sequence[Chunk], rest: AsyncIterator[Chunk]) -> AsyncIterator[Chunk]:
+    for chunk in begun:
+        yield chunk
     async for chunk in rest:
         yield chunk
 
