@@ -17,10 +17,12 @@ import uvicorn
 from test_app import CARDS_1, LETTERS_1, MAIL_1, SHORTEN_1, engine_held, until
 from tiny_adapters import CARDS, SHORTEN, TEXTS
 
+from multilora.prompt import Prompt
 from serve.app import build_app
 from serve.auth import Doorkeeper, create_key
 from serve.config import ServeConfig
 from serve.replica import Replica
+from serve.writer import TextWork
 
 pytestmark = pytest.mark.anyio
 anyio_backend, version_of, crown = test_app.anyio_backend, test_app.version_of, test_app.crown
@@ -380,3 +382,15 @@ async def test_an_adapter_that_goes_bad_is_an_error_in_the_stream_and_before_the
             await ask_chat(client, "longer", TEXTS[0], stream=True)
         assert refused.value.status_code == 503
         assert replica._in_flight.total() == server.num_writing == 0
+
+
+async def test_a_step_that_fails_as_a_whole_is_tried_adapter_by_adapter(crown, serving):
+    version = crown(SHORTEN_1)
+    async with serving() as (replica, client):
+        server = server_of(replica, "shorten")
+        good = TextWork(version.key, server.engine.prompt(version.key, TEXTS[0]), 6)
+        no_token = TextWork(None, Prompt((10**6,) * len(good.prompt.token_ids), is_truncated=False), 6)
+        bad, fine = server.write(no_token), server.write(good)
+        with pytest.raises(IndexError):
+            await bad.answer
+        assert (await fine.answer).label == (await ask_chat(client, "shorten", TEXTS[0])).choices[0].message.content
