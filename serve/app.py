@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +17,9 @@ from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.error_table import RESPONSES, answer_errors, refusal, route_of
 from serve.guard import Guard, audit
-from serve.replica import Replica, Served
+from serve.models_api import add_models_routes, opens_of
+from serve.openai_api import add_openai_routes
+from serve.replica import Replica
 from serve.router import task_of
 from serve.schema import (
     AutoResponse,
@@ -30,8 +31,6 @@ from serve.schema import (
     GenerateResponse,
     GenerateResult,
     Item,
-    ModelInfo,
-    ModelList,
 )
 
 APP_NAME = "adapters"
@@ -47,11 +46,14 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
     def admit(request: Request, body: ClassifyRequest | GenerateRequest, *, is_routed: bool = False) -> list[Item]:
         """The inputs of a request whose key opens the task and has not asked too often; not so a routed one's tasks."""
         items = body.input if isinstance(body.input, list) else [body.input]
-        request.state.audit |= {"task": body.model, "num_inputs": len(items)}
-        if request.state.key is not None and not is_routed:
-            request.state.key.check_task(task_of(body.model))
-        door.count(request.state.key, len(items))
+        admit_inputs(request, body.model, len(items), is_routed=is_routed)
         return items
+
+    def admit_inputs(request: Request, model: str, num_inputs: int, *, is_routed: bool = False) -> None:
+        request.state.audit |= {"task": model, "num_inputs": num_inputs}
+        if request.state.key is not None and not is_routed:
+            request.state.key.check_task(task_of(model))
+        door.count(request.state.key, num_inputs)
 
     @app.post("/v1/classify", responses=RESPONSES)
     async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse | AutoResponse:
@@ -79,14 +81,6 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
         return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> ModelList:
-        """List the tasks that answer, and champions that could not be bound; of these, what the key opens."""
-        opens = opens_of(request)
-        rows = [_model_info(served) for served in replica.served() if opens(served.version.task)]
-        broken = {key: reason for key, reason in replica.broken.items() if opens(key.partition("@")[0])}
-        return ModelList(data=rows, broken=broken)
-
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the process answers."""
@@ -97,6 +91,8 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
 
+    add_models_routes(app, replica)
+    add_openai_routes(app, replica, admit_inputs)
     answer_errors(app)
     return app
 
@@ -134,24 +130,6 @@ def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cp
     options: dict[str, Any] = {"num_replicas": least} if most == least else {"autoscaling_config": scaling}
     deployment: Any = EngineReplica
     return deployment.options(**options, ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus}).bind(config)
-
-
-def opens_of(request: Request) -> Callable[[str], bool]:
-    """Whether the request's key opens a task; without keys every task is open."""
-    return request.state.key.opens if request.state.key else lambda task: True
-
-
-def _model_info(served: Served) -> ModelInfo:
-    version, bound = served.version, served.bound
-    return ModelInfo(
-        id=version.task,
-        version=version.version,
-        digest=version.digest,
-        labels=list(bound.labels.names) if bound else None,
-        columns=list(bound.prompt_format.columns) if bound else None,
-        base=bound.artifact.card.base.model if bound else None,
-        residency="device" if served.is_resident else "host" if bound else "registry",
-    )
 
 
 def _result(answer: Answer, abstain_below: float | None) -> ClassifyResult:

@@ -34,6 +34,8 @@ class ServeConfig(Part):
     """Bytes of all requests that are not answered yet; more are answered with 429."""
     deadline_s: float = Field(default=30.0, gt=0)
     """Seconds until a request without an answer gets a 504."""
+    max_base_tokens: int = Field(default=1024, ge=1)
+    """Most tokens of a text that a base itself writes where it is asked by its own name."""
     target_requests_per_replica: int = Field(default=64, ge=1)
     """Requests in a replica, waiting ones included, above which more replicas are started where that is allowed."""
     keys_file: Path | None = None

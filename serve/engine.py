@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from multilora.artifact import AdapterArtifact, read_tensors
 from multilora.base_files import Family
 from multilora.base_model import FrozenBase
-from multilora.errors import AdapterError, DataError, RequestError, UnknownTaskError
-from multilora.generate import answer_text, end_ids, generate
+from multilora.errors import AdapterError, RequestError, UnknownTaskError
+from multilora.generate import Token
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
 from multilora.scoring import (
@@ -26,23 +27,20 @@ from multilora.scoring import (
     SCORER_VERSION,
     LabelSet,
     ScoringRow,
-    encode_answer,
     encode_labels,
     pooled,
     score_labels,
 )
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
+from serve.canaries import check_canaries
 from serve.slots import SlotTable
+from serve.writer import Progress, Text, TextWork, Writer
 
 OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
 """What one forward pass costs beside its tokens, in tokens."""
-CANARY_TOLERANCE = {"float32": 1e-2, "bfloat16": 0.5}
-"""Largest score difference between training and serving that rounding explains; quantised weights are exact in either dtype."""
-
-
 NO_LABELS = LabelSet((), None, ())
-"""Of rows whose answer is written."""
+"""Of rows that are only read."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,8 @@ class Answer:
     """True where a free text reached the task's token limit before its end."""
     temperature: float = 1.0
     """The adapter's; the base alone has 1."""
+    tokens: tuple[Token, ...] = ()
+    """Of a free text."""
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -114,6 +114,8 @@ class Engine:
         self._slots, self._table = self._new_slots(max_rank)
         self._bound: dict[str, BoundAdapter] = {}
         self._lock = threading.Lock()
+        self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+        """Whose adapters are the last to be evicted."""
 
     @property
     def residents(self) -> dict[str, int]:
@@ -144,7 +146,10 @@ class Engine:
             self._empty_slot(key)
             slot = self._resident_slot(bound, pinned=())
             try:
-                self._check_canaries(bound, slot)
+                if self._slots.num_modules(slot) != card.num_modules:
+                    raise AdapterError(f"{key} changes {self._slots.num_modules(slot)} modules, its card says {card.num_modules}")
+                with torch.inference_mode():
+                    check_canaries(key, card, labels, slot, self.base, self._scores)
             except BaseException:
                 self._empty_slot(key)
                 raise
@@ -173,23 +178,20 @@ class Engine:
         Raises UnknownTaskError for a key that is not bound, AdapterError for an adapter whose scores are no numbers.
         An adapter asked as another one needs that one bound, but not in a slot. RequestError unless both have labels.
         """
-        answers: dict[int, Answer] = {}
         with self._lock, torch.inference_mode():
             bound_of = {work.key: self.bound(work.key) for work in works}
             labels_of = {key: self.bound(key).labels for key in {work.asked for work in works}}
             if any(work.asked_as and not (labels_of[work.asked].names and bound_of[work.key].labels.names) for work in works):
                 raise RequestError("an adapter can be asked as another only where both have labels")
-            keys = list(bound_of)
-            for first in range(0, len(keys), self._num_slots):
-                wave = keys[first : first + self._num_slots]
-                slot_of = {key: self._resident_slot(bound_of[key], pinned=wave) for key in wave}
-                texts = [i for i, work in enumerate(works) if work.key in slot_of and bound_of[work.key].max_new_tokens]
-                asked = [(works[i].prompt, slot_of[works[i].key], bound_of[works[i].key].max_new_tokens) for i in texts]
-                answers |= dict(zip(texts, self._write(asked), strict=True))
-                indices = [index for index, work in enumerate(works) if work.key in slot_of and index not in answers]
-                chosen = [(works[index], labels_of[works[index].asked]) for index in indices]
+            texts = [index for index, work in enumerate(works) if bound_of[work.key].max_new_tokens]
+            asked = [TextWork(works[i].key, works[i].prompt, bound_of[works[i].key].max_new_tokens) for i in texts]
+            answers = dict(zip(texts, self._write(asked), strict=True))
+            for wave in self._waves({index: work.key for index, work in enumerate(works) if index not in answers}):
+                keys = list(dict.fromkeys(works[index].key for index in wave))
+                slot_of = {key: self._resident_slot(bound_of[key], pinned=keys) for key in keys}
+                chosen = [(works[index], labels_of[works[index].asked]) for index in wave]
                 rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
-                for index, (work, labels), scores in zip(indices, chosen, self._scores(rows), strict=True):
+                for index, (work, labels), scores in zip(wave, chosen, self._scores(rows), strict=True):
                     answers[index] = _answer(work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature)
         return [answers[index] for index in range(len(works))]
 
@@ -207,7 +209,21 @@ class Engine:
         """Let the base itself answer a free-text task."""
         prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
         with self._lock, torch.inference_mode():
-            return self._write([(prompt, None, max_new_tokens) for prompt in prompts])
+            return self._write([TextWork(None, prompt, max_new_tokens) for prompt in prompts])
+
+    def writers(self, works: Sequence[TextWork]) -> list[tuple[Writer, list[int]]]:
+        """Make writers for texts, each of texts of like length, with the indices of its works."""
+        made = []
+        for wave in self._waves({index: work.key for index, work in enumerate(works)}):
+            for batch in self._batches([len(works[i].prompt.token_ids) + works[i].max_new_tokens for i in wave]):
+                indices = [wave[position] for position in batch]
+                made.append((Writer(self.base, [works[i] for i in indices]), indices))
+        return made
+
+    def step(self, writer: Writer, left: Collection[int] = ()) -> Progress:
+        """Write one token of each of a writer's rows; those that `left` leave first. An adapter's failure ends its rows alone."""
+        with self._lock, torch.inference_mode():
+            return self._step(writer, left)
 
     def embed(self, texts: Sequence[str], max_length_tokens: int) -> Tensor:
         """What the base itself makes of each text, no adapter on: its mean state, unit length, [B, H] in host memory."""
@@ -234,7 +250,8 @@ class Engine:
         return AdapterSlots(self.base.model, names, self._num_slots, max_rank), SlotTable(self._num_slots)
 
     def _resident_slot(self, bound: BoundAdapter, pinned: Sequence[str]) -> int:
-        placement = self._table.assign(bound.key, pinned)
+        writing = {key for writer in self._writers for key in writer.keys}
+        placement = self._table.assign(bound.key, pinned, spared=writing)
         if placement.must_load:
             try:
                 self._slots.load(placement.slot, bound.tensors, bound.artifact.card.scaling)
@@ -259,54 +276,36 @@ class Engine:
                 scores[index] = row_scores.tolist()
         return scores
 
-    def _write(self, asked: Sequence[tuple[Prompt, int | None, int]]) -> list[Answer]:
-        """Write a text for each (prompt, slot, token limit)."""
+    def _write(self, works: Sequence[TextWork]) -> list[Answer]:
+        """Write texts to their end."""
         answers: dict[int, Answer] = {}
-        ends = end_ids(self.base) if asked else ()
-        for batch in self._batches([len(prompt.token_ids) + limit for prompt, _, limit in asked]):
-            rows = [ScoringRow(prompt.token_ids, slot, NO_LABELS) for prompt, slot, _ in (asked[i] for i in batch)]
-            limits = [asked[i][2] for i in batch]
-            for index, ids in zip(batch, generate(self.base, self._slots, rows, limits), strict=True):
-                text, is_cut_off = answer_text(self.base, ids), ids[-1] not in ends
-                answers[index] = Answer(text, (), (), asked[index][0].is_truncated, is_cut_off)
-        return [answers[index] for index in range(len(asked))]
+        for writer, indices in self.writers(works):
+            while writer.alive:
+                progress = self._step(writer)
+                for error in progress.errors.values():
+                    raise error
+                answers |= {indices[row]: written(text, writer.works[row].prompt) for row, text in progress.texts.items()}
+        return [answers[index] for index in range(len(works))]
+
+    def _step(self, writer: Writer, left: Collection[int] = ()) -> Progress:
+        writer.drop(left)
+        self._writers.add(writer)
+        progress = writer.step(self._slots, lambda key: self._resident_slot(self.bound(key), pinned=writer.keys))
+        if not writer.alive:
+            self._writers.discard(writer)
+        return progress
+
+    def _waves(self, key_of: Mapping[int, str | None]) -> list[list[int]]:
+        """Cut works (index -> key) into groups of no more adapters than there are slots."""
+        number_of = {key: number for number, key in enumerate(dict.fromkeys(key_of.values()))}
+        waves: list[list[int]] = [[] for _ in range(-(-len(number_of) // self._num_slots))]
+        for index, key in key_of.items():
+            waves[number_of[key] // self._num_slots].append(index)
+        return waves
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         device = self.base.device.type
         return length_batches(lengths, self._max_batch_tokens, OVERHEAD_TOKENS[device], PAD_MULTIPLE[device])
-
-    def _check_canaries(self, bound: BoundAdapter, slot: int) -> None:
-        card = bound.artifact.card
-        if self._slots.num_modules(slot) != card.num_modules:
-            raise AdapterError(f"{bound.key} changes {self._slots.num_modules(slot)} modules, its card says {card.num_modules}")
-        try:
-            columns = [bound.prompt_format.columns_of(canary.columns) for canary in card.canaries]
-            prompts = [encode_prompt(bound.prompt_format, given, self.base.tokenizer) for given in columns]
-        except (RequestError, DataError) as misfit:
-            raise AdapterError(f"{bound.key}: a canary does not fit the prompt: {misfit}") from misfit
-        if not prompts:
-            raise AdapterError(f"{bound.key} has no canaries, so nothing proves that it was applied")
-        label_sets = [
-            bound.labels if canary.text is None else encode_answer(self.base, canary.text, bound.max_new_tokens)
-            for canary in card.canaries
-        ]
-        with torch.inference_mode():
-            adapted, plain = (
-                self._scores([ScoringRow(p.token_ids, which, labels) for p, labels in zip(prompts, label_sets, strict=True)])
-                for which in (slot, None)
-            )
-        tolerance = CANARY_TOLERANCE[card.base.dtype]
-        # The log-likelihood of a long text gathers the rounding of all its tokens.
-        error = max(
-            _distance(seen, canary.scores) / (1 if canary.text is None else len(labels.token_ids[0]))
-            for seen, canary, labels in zip(adapted, card.canaries, label_sets, strict=True)
-        )
-        if error > tolerance:
-            raise AdapterError(
-                f"{bound.key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})"
-            )
-        if max(_distance(a, b) for a, b in zip(adapted, plain, strict=True)) <= 1e-6:
-            raise AdapterError(f"{bound.key}: canary scores equal the base's, so the adapter has no effect")
 
 
 def _num_tokens(family: Family, row: ScoringRow) -> int:
@@ -322,8 +321,6 @@ def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt
     return Answer(label, labels.names, tuple(scores), prompt.is_truncated, temperature=temperature)
 
 
-def _distance(first: Sequence[float], second: Sequence[float]) -> float:
-    if len(first) != len(second):
-        return math.inf
-    distances = [abs(a - b) for a, b in zip(first, second, strict=True)]
-    return math.inf if any(map(math.isnan, distances)) else max(distances)
+def written(text: Text, prompt: Prompt) -> Answer:
+    """The answer that a text is."""
+    return Answer(text.text, (), (), prompt.is_truncated, text.is_cut_off, tokens=text.tokens)

@@ -73,6 +73,14 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     )
 
 
+def body_of(error: Exception) -> dict[str, Any]:
+    """The body that tells of any error, also where there is no status to tell it with."""
+    if isinstance(error, MultiLoraError):
+        return refusal(error)[1]
+    # The server logs the error itself; a caller can only be told that there was one.
+    return error_body("the server failed; its log says why", "InternalError", "internal_error")
+
+
 def route_of(is_routed: bool, probability: float, candidates: Mapping[str, float]) -> Route:
     """What the router made of one input, as a body."""
     return Route(is_routed=is_routed, probability=probability, candidates=dict(candidates))
@@ -94,9 +102,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        # The server logs the error itself; a caller can only be told that there was one.
-        body = error_body("the server failed; its log says why", "InternalError", "internal_error")
-        return JSONResponse(body, status_code=500)
+        return JSONResponse(body_of(error), status_code=500)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from multilora.errors import AdapterError, CapacityError, DeadlineError, RequestError, TooLargeError, WrongRouteError
@@ -17,6 +18,7 @@ from multilora.prompt import Prompt
 from multilora.registry import AdapterVersion, Registry
 from serve.adapter_store import AdapterStore
 from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
+from serve.base_server import BaseServer
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
 from serve.router import pinned, unknown_task
@@ -34,14 +36,22 @@ Item = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Served:
-    """A task's champion, as this replica has it."""
+class Source:
+    """Who answers a request: an adapter version, or the base alone where it was asked for by its own name."""
 
-    version: AdapterVersion
-    bound: BoundAdapter | None
-    """None where it is not in host memory now."""
-    is_resident: bool
-    """Whether it sits in a device slot."""
+    server: BaseServer
+    version: AdapterVersion | None
+    """None is the base."""
+
+    @property
+    def bound(self) -> BoundAdapter | None:
+        """The version's adapter."""
+        return self.server.engine.bound(self.version.key) if self.version else None
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the adapter, or the base's fingerprint."""
+        return self.version.digest if self.version else self.server.engine.base.files.fingerprint
 
 
 class Replica:
@@ -72,14 +82,52 @@ class Replica:
         """`task@version` of champions that could not be bound, with the reason."""
         return self._store.failures
 
-    def served(self) -> list[Served]:
-        """Every task that answers."""
-        found = []
-        for _, version in sorted(self._champions.items()):
-            if version.key not in self.broken:
-                bound, is_resident = self._store.bound(version.key) or (None, False)
-                found.append(Served(version, bound, is_resident))
-        return found
+    @property
+    def deadline_s(self) -> float:
+        """How long a request may take."""
+        return self._config.deadline_s
+
+    @property
+    def max_base_tokens(self) -> int:
+        """Most tokens of a text that a base writes by itself."""
+        return self._config.max_base_tokens
+
+    def served(self) -> list[AdapterVersion]:
+        """The version of every task that answers."""
+        return [version for _, version in sorted(self._champions.items()) if version.key not in self.broken]
+
+    def bound(self, version: AdapterVersion) -> tuple[BoundAdapter, bool] | None:
+        """A version's adapter, and whether it sits in a device slot; None where it is not in host memory."""
+        return self._store.bound(version.key)
+
+    def bases(self) -> dict[str, BaseServer]:
+        """Bases that can be asked by their own name: what has no slash could be a task's, and is never taken for a base's."""
+        specs = [(server.engine.base.spec.model, server) for server in self._store.servers()]
+        return {name: server for name, server in reversed(specs) if "/" in name}
+
+    def writing_bases(self) -> dict[str, BaseServer]:
+        """Those that write texts by themselves."""
+        return {name: server for name, server in self.bases().items() if server.engine.base.family != "encoder"}
+
+    @asynccontextmanager
+    async def holding(self, model: str) -> AsyncIterator[Source]:
+        """Find who answers for a task, `task@version` or a base's own name, and keep it bound for as long as it is asked.
+
+        Raises UnknownTaskError, AdapterError, RegistryError.
+        """
+        base = self.bases().get(model)
+        if base is not None:
+            yield Source(base, None)
+            return
+        version = await self._version(model)
+        async with self._store.using(version) as server:
+            yield Source(server, version)
+
+    def check_room(self, server: BaseServer, num_inputs: int) -> None:
+        """Raises RequestError for too many inputs in a request, CapacityError for too many that wait."""
+        self._check_number(num_inputs)
+        if server.num_waiting + num_inputs > self._config.max_queue_inputs:
+            raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
 
     async def classify(
         self, model: str, items: Sequence[Item], *, may_truncate: bool = False
@@ -104,7 +152,7 @@ class Replica:
 
         Raises UnroutedError where it abstains on any of them, and as `classify` does.
         """
-        self._check_number(items)
+        self._check_number(len(items))
         router, choices = await self._auto.route(items, lambda task, item: opens(task) and self._takes(task, item))
         places: dict[str, list[int]] = {}
         for place, task in enumerate(routed_tasks(choices)):
@@ -158,31 +206,25 @@ class Replica:
     async def _answers(
         self, model: str, items: Sequence[Item], *, is_text: bool, may_truncate: bool
     ) -> tuple[AdapterVersion, list[Answer]]:
-        self._check_number(items)
-        try:
-            async with asyncio.timeout(self._config.deadline_s) as deadline:
-                version = await self._version(model)
-                async with self._store.using(version) as server:
-                    bound = server.engine.bound(version.key)
-                    if is_text != bool(bound.max_new_tokens):
-                        answers_with, path = ("labels", "/v1/classify") if is_text else ("free text", "/v1/generate")
-                        raise WrongRouteError(f"task {version.task} answers with {answers_with}: ask POST {path}")
-                    if server.num_waiting + len(items) > self._config.max_queue_inputs:
-                        raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
-                    prompts = await _prompts(server.engine, version.key, items)
-                    if not may_truncate:
-                        _check_lengths(prompts, bound.prompt_format.max_length_tokens)
-                    futures = [server.submit(Work(version.key, prompt)) for prompt in prompts]
-                    try:
-                        return version, list(await asyncio.gather(*futures))
-                    finally:
-                        # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
-                        for future in futures:
-                            future.cancel()
-        except TimeoutError as late:
-            if not deadline.expired():
-                raise
-            raise DeadlineError(f"no answer within {self._config.deadline_s:g} s; send fewer inputs, or come again") from late
+        self._check_number(len(items))
+        async with in_time(self.deadline_s), self.holding(model) as source:
+            bound, version, server = source.bound, source.version, source.server
+            if bound is None or version is None:
+                raise WrongRouteError(f"{model} is a base, which has no task: ask POST /v1/completions")
+            if is_text != bool(bound.max_new_tokens):
+                answers_with, path = ("labels", "/v1/classify") if is_text else ("free text", "/v1/generate")
+                raise WrongRouteError(f"task {version.task} answers with {answers_with}: ask POST {path}")
+            self.check_room(server, len(items))
+            prompts = await _prompts(server.engine, version.key, items)
+            if not may_truncate:
+                check_lengths(prompts, bound)
+            futures = [server.submit(Work(version.key, prompt)) for prompt in prompts]
+            try:
+                return version, list(await asyncio.gather(*futures))
+            finally:
+                # Where one failed or the caller left, the rest need not be computed; done futures stay as they are.
+                for future in futures:
+                    future.cancel()
 
     async def _version(self, model: str) -> AdapterVersion:
         """The version that a model names. Raises UnknownTaskError."""
@@ -211,9 +253,21 @@ class Replica:
         known = self._store.bound(version.key)
         return known is None or (not known[0].max_new_tokens and known[0].prompt_format.takes(item))
 
-    def _check_number(self, items: Sequence[object]) -> None:
-        if not 1 <= len(items) <= self._config.max_inputs_per_request:
-            raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {len(items)}")
+    def _check_number(self, num_inputs: int) -> None:
+        if not 1 <= num_inputs <= self._config.max_inputs_per_request:
+            raise RequestError(f"a request takes 1 to {self._config.max_inputs_per_request} inputs, this one has {num_inputs}")
+
+
+@asynccontextmanager
+async def in_time(deadline_s: float) -> AsyncIterator[None]:
+    """Raise DeadlineError where the block takes longer."""
+    try:
+        async with asyncio.timeout(deadline_s) as deadline:
+            yield
+    except TimeoutError as late:
+        if not deadline.expired():
+            raise
+        raise DeadlineError(f"no answer within {deadline_s:g} s; send fewer inputs, or come again") from late
 
 
 async def _prompts(engine: Engine, key: str, items: Sequence[Item]) -> list[Prompt]:
@@ -223,11 +277,12 @@ async def _prompts(engine: Engine, key: str, items: Sequence[Item]) -> list[Prom
     return await asyncio.to_thread(lambda: [engine.prompt(key, item) for item in items])
 
 
-def _check_lengths(prompts: Sequence[Prompt], max_length_tokens: int) -> None:
+def check_lengths(prompts: Sequence[Prompt], bound: BoundAdapter) -> None:
+    """Raise TooLargeError where an input was cut to fit."""
     cut = [str(number) for number, prompt in enumerate(prompts, start=1) if prompt.is_truncated]
     if cut:
         what = f"input {', '.join(cut[:10])}" if len(prompts) > 1 else "the input"
         raise TooLargeError(
-            f"{what} does not fit the task's max_length of {max_length_tokens} tokens; "
-            "shorten it, or send truncate: true to have its end left out"
+            f"{what} does not fit the task's max_length of {bound.prompt_format.max_length_tokens} tokens; "
+            "shorten it, or send truncate: true to /v1/classify or /v1/generate to have its end left out"
         )

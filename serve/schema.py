@@ -125,16 +125,22 @@ class GenerateResponse(Body):
 
 
 class ModelInfo(Body):
-    """One served task."""
+    """What a request can name: a task, or a base that writes texts by itself; also as OpenAI's clients read it."""
 
     id: str
-    """Task name, the `model` of a request."""
-    version: int
-    """Champion version that answers."""
+    """Task name or the base's own name, the `model` of a request."""
+    object: Literal["model"] = "model"
+    """OpenAI's field."""
+    created: int = 0
+    """OpenAI's field; when a version was made is in the registry."""
+    owned_by: str = "adapter"
+    """OpenAI's field: adapter, or base for a base by itself."""
+    version: int | None
+    """Champion version that answers; null for a base by itself."""
     digest: str
-    """sha256 of that version."""
+    """sha256 of that version; the fingerprint of a base."""
     labels: list[str] | None
-    """The label set; empty for a free-text task. This and what follows is null while the adapter is in the registry alone."""
+    """The label set; empty where a text is written. This and what follows is null while the adapter is in the registry alone."""
     columns: list[str] | None
     """Input columns; a plain text fills the first of them that the task names as its text."""
     base: str | None
@@ -146,8 +152,9 @@ class ModelInfo(Body):
 class ModelList(Body):
     """Served tasks, and champions that could not be bound, with the reason."""
 
+    object: Literal["list"] = "list"
     data: list[ModelInfo]
-    """Served tasks."""
+    """Served tasks, then bases that write texts by themselves."""
     broken: dict[str, str]
     """`task@version` -> why it does not answer."""
 

@@ -30,8 +30,8 @@ class SlotTable:
         """Resident adapters and their slots, least recently used first."""
         return dict(self._slot_of)
 
-    def assign(self, key: str, pinned: Collection[str] = ()) -> Placement:
-        """Give `key` a slot, evicting the least recently used adapter that is not pinned.
+    def assign(self, key: str, pinned: Collection[str] = (), spared: Collection[str] = ()) -> Placement:
+        """Give `key` a slot, evicting the least recently used adapter that is not pinned; a spared one only for want of others.
 
         Raises CapacityError when every slot is pinned.
         """
@@ -40,7 +40,8 @@ class SlotTable:
             return Placement(self._slot_of[key], must_load=False, evicted=None)
         evicted = None
         if not self._free:
-            evicted = next((other for other in self._slot_of if other not in pinned), None)
+            evictable = [other for other in self._slot_of if other not in pinned]
+            evicted = min(evictable, key=lambda other: other in spared, default=None)
             if evicted is None:
                 raise CapacityError(f"all {len(self._slot_of)} slots are in use; retry, or serve with more slots")
             self.release(evicted)

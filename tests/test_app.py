@@ -239,9 +239,11 @@ async def test_texts_come_from_their_own_route(crown, serving):
         works = [Work(version.key, engine.prompt(version.key, text)) for text in (TEXTS[0], "card " * 500)]
         assert [result["text"] for result in body["results"]] == [answer.label for answer in engine.classify(works)]
         assert [result["is_truncated"] for result in body["results"]] == [False, True]
-        assert {model["id"]: bool(model["labels"]) for model in (await client.get("/v1/models")).json()["data"]} == {
-            "mood": True,
-            "shorten": False,
+        models = (await client.get("/v1/models")).json()["data"]
+        assert {model["id"]: (bool(model["labels"]), model["owned_by"]) for model in models} == {
+            "mood": (True, "adapter"),
+            "shorten": (False, "adapter"),
+            engine.base.spec.model: (False, "base"),
         }
 
 
@@ -355,7 +357,7 @@ async def test_registry_without_champions_is_ready_and_empty(serving):
     async with serving() as (replica, client):
         await replica.sync()
         assert (await client.get("/readyz")).status_code == 200
-        assert (await client.get("/v1/models")).json() == {"data": [], "broken": {}}
+        assert (await client.get("/v1/models")).json() == {"object": "list", "data": [], "broken": {}}
 
 
 # Promotion

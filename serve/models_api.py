@@ -1,0 +1,72 @@
+"""Routes that say what answers here: tasks with their versions, and bases under their own names; also for OpenAI's clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fastapi import FastAPI, Request
+
+from multilora.registry import AdapterVersion
+from serve.base_server import BaseServer
+from serve.engine import BoundAdapter
+from serve.error_table import RESPONSES
+from serve.replica import Replica
+from serve.router import task_of
+from serve.schema import ModelInfo, ModelList
+
+
+def add_models_routes(app: FastAPI, replica: Replica) -> None:
+    """Add the routes to a replica's application."""
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> ModelList:
+        """List tasks and bases that answer, and champions that could not be bound; of these, what the key opens."""
+        opens = opens_of(request)
+        tasks = [task_info(version, replica.bound(version)) for version in replica.served() if opens(version.task)]
+        bases = [base_info(name, server) for name, server in replica.writing_bases().items() if opens(name)]
+        broken = {key: reason for key, reason in replica.broken.items() if opens(task_of(key))}
+        return ModelList(data=tasks + bases, broken=broken)
+
+    @app.get("/v1/models/{model:path}", responses=RESPONSES)
+    async def model_of(request: Request, model: str) -> ModelInfo:
+        """Say what a task, one version of it, or a base is; an adapter that is in the registry alone is fetched for it."""
+        if request.state.key is not None:
+            request.state.key.check_task(task_of(model))
+        async with replica.holding(model) as source:
+            if source.version is None:
+                return base_info(model, source.server)
+            return task_info(source.version, replica.bound(source.version))
+
+
+def opens_of(request: Request) -> Callable[[str], bool]:
+    """Whether the request's key opens a task; without keys every task is open."""
+    return request.state.key.opens if request.state.key else lambda task: True
+
+
+def task_info(version: AdapterVersion, found: tuple[BoundAdapter, bool] | None) -> ModelInfo:
+    """What is told of a task; `found` is its adapter where it is in host memory, and whether it has a device slot."""
+    bound, is_resident = found or (None, False)
+    return ModelInfo(
+        id=version.task,
+        owned_by="adapter",
+        version=version.version,
+        digest=version.digest,
+        labels=list(bound.labels.names) if bound else None,
+        columns=list(bound.prompt_format.columns) if bound else None,
+        base=bound.artifact.card.base.model if bound else None,
+        residency="device" if is_resident else "host" if bound else "registry",
+    )
+
+
+def base_info(name: str, server: BaseServer) -> ModelInfo:
+    """What is told of a base by itself."""
+    return ModelInfo(
+        id=name,
+        owned_by="base",
+        version=None,
+        digest=server.engine.base.files.fingerprint,
+        labels=[],
+        columns=["text"],
+        base=name,
+        residency="device",
+    )
