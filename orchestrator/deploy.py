@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Mapping
@@ -33,9 +34,12 @@ def run_endpoint(
             "downloads_dir": config.downloads_dir / "serve",
             "keys_file": config.keys_file if has_keys else None,
             "audit_file": config.audit_file,
+            "metrics_dir": config.metrics_dir,
             **settings,
         }
     )
+    shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters start anew with the endpoint
+    config.metrics_dir.mkdir(parents=True)
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()
     is_over = threading.Event()

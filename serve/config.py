@@ -24,6 +24,8 @@ class ServeConfig(Part):
     """Rank that slots have room for at first; a larger adapter makes them grow."""
     max_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
+    max_wait_s: float = Field(default=0.002, ge=0)
+    """How long an idle engine waits for more requests to share a batch with the first."""
     max_queue_inputs: int = Field(default=2048, ge=1)
     """Inputs that may wait; more are answered with 429."""
     max_inputs_per_request: int = Field(default=256, ge=1)
@@ -42,6 +44,8 @@ class ServeConfig(Part):
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None
     """One line per request: who asked what, without the text; omit to have it in the replica's log alone."""
+    metrics_dir: Path | None = None
+    """Folder where the replicas of a machine count together; omit to have each count alone."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)
