@@ -45,7 +45,7 @@ from serve.engine import Engine
 
 BASE = BaseSpec(model="sentence-transformers/all-MiniLM-L6-v2")
 SHARED = ROOT.parent / "shared" / "data" / "tasks"
-SIZES = {True: {"train": 100, "select": 30, "gate": 30}, False: {"train": 250, "select": 50, "gate": 150}}
+SIZES = {True: {"train": 60, "select": 30, "gate": 30}, False: {"train": 200, "select": 50, "gate": 100}}
 """Most texts of a task by `--quick`; a smaller data set is cut in the same proportions."""
 MAX_LENGTH_TOKENS = 128
 MAX_SHORTFALL = 0.03
