@@ -12,7 +12,7 @@ from ray import serve as ray_serve
 
 from multilora.registry import Registry
 from orchestrator.config import OrchestratorConfig
-from orchestrator.services import check_host
+from orchestrator.services import check_host, mlflow_url
 from orchestrator.session import ray_session
 from serve.app import APP_NAME, serve_application
 from serve.auth import read_keys
@@ -29,6 +29,8 @@ def run_endpoint(config: OrchestratorConfig, host: str, port: int, num_replicas:
         downloads_dir=config.downloads_dir / "serve",
         keys_file=config.keys_file if has_keys else None,
         audit_file=config.audit_file,
+        reports_dir=config.reports_dir,
+        mlflow_url=mlflow_url(config, host),
     )
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()

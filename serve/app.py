@@ -51,6 +51,7 @@ from serve.schema import (
     ModelList,
     Route,
 )
+from serve.web_page import add_page, judgement_of
 
 STATUS_OF: dict[type[MultiLoraError], int] = {
     UnauthorizedError: 401,
@@ -67,10 +68,10 @@ APP_NAME = "adapters"
 ERRORS: dict[int | str, dict[str, Any]] = {code: {"model": ErrorBody} for code in (401, 403, 404, 413, 422, 429, 503)}
 
 
-def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAPI:
+def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
     app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
-    app.add_middleware(Guard, door=door, max_body_bytes=max_body_bytes, refusal=_refusal)
+    app.add_middleware(Guard, door=door, max_body_bytes=config.max_body_bytes, refusal=_refusal)
 
     def admit(request: Request, body: ClassifyRequest, *, is_routed: bool = False) -> list[Item]:
         """The inputs of a request whose key opens the task and has not asked too often; not so a routed one's tasks."""
@@ -119,6 +120,7 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
                 columns=list(bound.prompt_format.columns),
                 base=bound.artifact.card.base.model,
                 is_resident=is_resident,
+                **judgement_of(version.tags),
             )
             for version, bound, is_resident in replica.served()
             if opens(version.task)
@@ -136,6 +138,7 @@ def build_app(replica: Replica, door: Doorkeeper, max_body_bytes: int) -> FastAP
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
 
+    add_page(app, config)
     _answer_errors(app)
     return app
 
@@ -178,7 +181,7 @@ class EngineReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # the name that Ray Serve calls
         self._following = asyncio.get_running_loop().create_task(self._replica.follow())
-        return build_app(self._replica, Doorkeeper(self._config.keys_file), self._config.max_body_bytes)
+        return build_app(self._replica, Doorkeeper(self._config.keys_file), self._config)
 
     async def check_health(self) -> None:
         """Let Ray replace a replica whose follower died."""

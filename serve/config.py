@@ -32,6 +32,10 @@ class ServeConfig(Part):
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None
     """One line per request: who asked what, without the text; omit to have it in the replica's log alone."""
+    reports_dir: Path | None = None
+    """Folder of the regression reports, whose newest one is shown at /report; omit to show none."""
+    mlflow_url: str | None = Field(default=None, pattern="^https?://")
+    """Address of MLflow's pages, for a link on the endpoint's page."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)

@@ -21,19 +21,19 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refusal = Callable[[MultiLoraError], tuple[int, dict[str, Any], dict[str, str]]]
 """(status, body, headers) of an error."""
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""What a load balancer asks without a key."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/page.css", "/page.js"})
+"""What may be read without a key: what a load balancer asks, and the page's own files (web_page.py), which hold no data."""
 
 
 class Guard:
-    """ASGI middleware: everything but the health checks is denied unless its key is known."""
+    """ASGI middleware: everything but the health checks and the page's files is denied unless its key is known."""
 
     def __init__(self, app: App, door: Doorkeeper, max_body_bytes: int, refusal: Refusal) -> None:
         self._app, self._door, self._max_body_bytes, self._refusal = app, door, max_body_bytes, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and _is_open(scope)):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
@@ -55,6 +55,10 @@ class Guard:
             await _refuse(self._refusal(error), counted_send)
         finally:
             _log(scope, status, time.monotonic() - started, body)
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
 
 
 async def _read(scope: Scope, receive: Receive, most: int) -> bytes:

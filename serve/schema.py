@@ -128,6 +128,12 @@ class ModelInfo(Body):
     """Input columns; a plain text fills the first of them that the task names as its text."""
     base: str
     """Base model."""
+    verdict: str | None = None
+    """What the regression gate said of that version; null where it was never judged."""
+    accuracy: float | None = None
+    """On the gate examples; null where the task is judged by another metric."""
+    num_gate_examples: int | None = None
+    """How many these were."""
     is_resident: bool
     """Whether the adapter sits in a device slot of this replica now."""
 

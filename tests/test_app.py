@@ -81,7 +81,7 @@ def serving(registry, tmp_path):
         config = {"tracking_uri": registry.tracking_uri, "downloads_dir": tmp_path / "downloads", **settings}
         settled = ServeConfig(**config)
         replica = Replica(settled)
-        app = build_app(replica, Doorkeeper(settled.keys_file), settled.max_body_bytes)
+        app = build_app(replica, Doorkeeper(settled.keys_file), settled)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica", timeout=60) as client:
             try:
@@ -584,7 +584,7 @@ async def test_a_key_opens_its_tasks_alone_and_nothing_opens_without_one(serving
     question = {"model": "cards", "input": [TEXTS[0], TEXTS[1]]}
     async with serving(keys_file=tmp_path / "keys.json", max_body_bytes=2000) as (replica, client):
         await replica.sync()
-        for path in ("/v1/classify", "/v1/generate", "/v1/models", "/docs", "/openapi.json", "/"):
+        for path in ("/v1/classify", "/v1/generate", "/v1/models", "/v1/links", "/report", "/docs", "/openapi.json"):
             answer = await client.request("POST" if "ate" in path or "ify" in path else "GET", path, json=question)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
             assert answer.json()["error"]["type"] == "UnauthorizedError"
