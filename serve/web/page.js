@@ -61,7 +61,9 @@ function percent(share) {
 }
 
 const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-const shortDigest = (digest) => make("code", "", digest.slice(0, 12));
+const shortDigest = (digest, length) => make("code", "", digest.slice(0, length));
+// A long name of a base breaks behind its slashes.
+const breakable = (name) => name.split("/").flatMap((part, index) => (index ? ["/", make("wbr"), part] : [part]));
 
 // The tasks
 
@@ -75,7 +77,8 @@ async function load() {
     showLinks(links);
     return true;
   } catch (error) {
-    byId("problem").replaceChildren(make("p", "error", error.message));
+    const isFirstAsked = error.status === 401 && !sessionStorage.getItem(KEY);
+    byId("problem").replaceChildren(make("p", isFirstAsked ? "asked" : "error", error.message));
     if (error.status === 401) closeAll();
     return false;
   }
@@ -126,10 +129,10 @@ function taskRow(model) {
     "",
     head,
     cell("Answers with", "chips", ...(shown.length ? shown : ["free text"])),
-    cell("Champion", "", make("span", "nowrap", `version ${model.version}`), " ", shortDigest(model.digest)),
+    cell("Champion", "", make("span", "nowrap", `version ${model.version}`), " ", shortDigest(model.digest, 12)),
     cell("Verdict", "", verdict),
     cell("Accuracy", "number", ...accuracyOf(model)),
-    cell("Base", "wrap", model.base),
+    cell("Base", "base", ...breakable(model.base)),
     cell("Adapter", "nowrap", make("span", model.is_resident ? "dot on" : "dot"), residency),
   );
   row.setAttribute("role", "row");
@@ -196,7 +199,7 @@ const typed = () => new Map([...byId("fields").querySelectorAll("textarea")].map
 /** One field per column of the chosen tasks; what was typed stays. */
 function showFields() {
   const before = typed();
-  const names = [...new Set(chosen().flatMap(fieldsOf))];
+  const names = [...new Set(chosen().flatMap(fieldsOf))].sort((one, other) => (other === TEXT) - (one === TEXT));
   const parts = names.flatMap((name, index) => {
     const area = make("textarea");
     area.id = `field-${index}`;
@@ -242,7 +245,7 @@ async function answerOf(model, values) {
   try {
     const body = await ask(model.labels.length ? "v1/classify" : "v1/generate", { model: model.id, input });
     const [result] = body.results;
-    const source = make("p", "dim source", `version ${body.version} `, shortDigest(body.digest));
+    const source = make("p", "dim source", `version ${body.version} `, shortDigest(body.digest, 8));
     const head = make("div", "row spread", make("h3", "", model.id), source);
     return { isAnswer: true, parts: [head, ...answerParts(result), ...notesOf(result)], said: `${model.id}: ${spoken(result)}` };
   } catch (error) {
