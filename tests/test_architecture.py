@@ -18,8 +18,8 @@ FLOORS = {  # lowest first; a new module gets its place here
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs services status deploy work mailbox controller curves training "
-    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables cli_options cli_submit "
-    "cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
+    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
+    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -29,7 +29,7 @@ FROM_SERVE = {
     "orchestrator.cli_endpoint": ("serve.auth",),
     **{
         f"orchestrator.{name}": ("serve.engine",)
-        for name in ("evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
+        for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
     },
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
@@ -40,7 +40,7 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.services orchestrator.state orchestrator.submissions orchestrator.comparison orchestrator.judge
     orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
-    orchestrator.tables orchestrator.cli"""
+    orchestrator.batch_files orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
