@@ -20,7 +20,7 @@ from multilora.errors import DataError
 from multilora.prompt import PromptFormat
 from orchestrator.files import write_whole
 
-ROWS_PER_PART, MAX_PARTS = 1024, 2048
+ROWS_PER_PART, MAX_PARTS = 1024, 16384
 MAX_LINE_BYTES = 16 * 2**20
 MANIFEST = "manifest.json"
 

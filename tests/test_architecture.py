@@ -12,7 +12,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
     "serve": "config schema auth guard router slots batcher engine pyfunc_model pyfunc_router base_server auto replica "
-    "web_page app",
+    "web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
@@ -26,7 +26,7 @@ FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
     "orchestrator.cli_keys": ("serve.auth",),
-    "orchestrator.cli_endpoint": ("serve.auth",),
+    "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{
         f"orchestrator.{name}": ("serve.engine",)
         for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")

@@ -167,7 +167,7 @@ def two_versions(registry, tiny_adapter):
 def test_the_version_is_the_champion_or_the_one_that_is_named(registry, two_versions):
     assert resolve(registry, "batched", None).key == "batched@1"
     assert resolve(registry, "batched", 2).key == resolve(registry, "batched@2", None).key == "batched@2"
-    with pytest.raises(UnknownTaskError, match="nobody has no champion; champions: .*batched"):
+    with pytest.raises(UnknownTaskError, match=r"nobody has no champion; champions: .*batched"):
         resolve(registry, "nobody", None)
     with pytest.raises(UnknownTaskError, match="batched has no version 3; its versions: 1, 2"):
         resolve(registry, "batched@3", None)

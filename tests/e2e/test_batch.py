@@ -15,7 +15,7 @@ from orchestrator.config import OrchestratorConfig
 from serve.engine import Engine, Work
 
 pytestmark = pytest.mark.e2e
-NUM_PARTS = 40
+NUM_PARTS = 16
 NUM_ROWS = NUM_PARTS * ROWS_PER_PART - 7
 BAD = {3: "nonsense", 5000: "", 5001: '{"id": 5001}', NUM_ROWS - 1: '{"id": -1, "text": ""}'}
 
@@ -47,7 +47,8 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(cli: CommandLine, 
     key = engine.bind(artifact, 1)
     some = [number for number in range(0, NUM_ROWS, 97) if number not in BAD]
     for number, answer in zip(some, engine.classify([Work(key, engine.prompt(key, texts[n])) for n in some]), strict=True):
-        assert rows[number]["probabilities"] == pytest.approx(dict(zip(answer.labels, answer.probabilities, strict=True)), abs=1e-4)
+        expected = dict(zip(answer.labels, answer.probabilities, strict=True))
+        assert rows[number]["probabilities"] == pytest.approx(expected, abs=1e-4)
         assert (rows[number]["label"], rows[number]["digest"]) == (answer.label, artifact.digest)
 
     # An output that exists is not touched, another version is not mixed in.
@@ -56,7 +57,7 @@ def test_a_file_is_answered_in_order_and_goes_on_after_a_kill(cli: CommandLine, 
 
     killed = cli.start("batch", "cards", source, again)
     parts = tmp_path / "again.jsonl.parts"
-    wait_for(lambda: len(list(parts.glob("0*.jsonl"))) >= 3, 180)
+    wait_for(lambda: len(list(parts.glob("0*.jsonl"))) >= 2, 180)
     cli.kill(killed)
     num_kept = len(list(parts.glob("0*.jsonl")))
     assert not again.exists()
