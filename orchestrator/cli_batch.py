@@ -21,6 +21,9 @@ def batch(
     output: Annotated[Path, typer.Argument(help="Where the answers go, in the same order.")],
     version: Annotated[int | None, typer.Option("--version", min=1, help="Adapter version instead of the champion.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Copies of the base; default: one per GPU, else per two cores.")
+    ] = None,
     as_json: Json = False,
     workspace: Workspace = None,
 ) -> None:
@@ -52,6 +55,7 @@ def batch(
             output,
             version=version,
             is_forced=force,
+            num_workers=workers,
             on_start=start,
             on_rows=lambda num_rows: progress.advance(bar, num_rows),
         )
@@ -60,6 +64,10 @@ def batch(
         print_json({**asdict(done), "rows_per_s": speed})
     else:
         print(f"{done.task}@{done.version}: {done.num_rows} rows in {done.seconds:.0f} s ({speed:.0f} rows/s) -> {done.output}")
-    if done.num_errors:
-        print(f"error: {done.num_errors} of {done.num_rows} rows have no answer; their field `error` says why", file=sys.stderr)
+    _end(done.num_errors, done.num_rows)
+
+
+def _end(num_errors: int, num_rows: int) -> None:
+    if num_errors:
+        print(f"error: {num_errors} of {num_rows} rows have no answer; their field `error` says why", file=sys.stderr)
         raise typer.Exit(2)
