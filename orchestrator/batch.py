@@ -152,7 +152,7 @@ def run_batch(
             num_resumed = sum(num_rows for num_rows, _, _ in resumed.values())
             on_start(batch.num_rows, num_resumed, note)
             started = time.monotonic()
-            adapter = Adapter(str(registry.download(chosen, config.downloads_dir)), chosen.digest, chosen.version)
+            adapter = _fetched(registry, chosen, config.downloads_dir)
             todo = [part for part in batch.parts if part.number not in resumed]
             if todo:
                 with ray_session(config):
@@ -187,6 +187,12 @@ def resolve(registry: Registry, task: str, version: int | None) -> AdapterVersio
     return versions[wanted]
 
 
+def _fetched(registry: Registry, chosen: AdapterVersion, downloads_dir: Path) -> Adapter:
+    """Fetch the version and see that it is whole before any worker starts. Raises AdapterError."""
+    folder = registry.download(chosen, downloads_dir)
+    return Adapter(str(folder), read_artifact(folder, chosen.digest).digest, chosen.version)
+
+
 def _answer(
     todo: Sequence[Part],
     batch: BatchInput,
@@ -218,9 +224,15 @@ def _answer(
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, MultiLoraError):
             cause = cause.cause if isinstance(cause, RayTaskError) else cause.__cause__
-        raise cause or CapacityError(f"a worker failed: {error}") from error
+        raise cause or _worker_ended(error) from error
     except RayError as error:
-        raise CapacityError(f"the workers ended: {error}; the finished parts are kept, run it again") from error
+        raise _worker_ended(error) from error
+
+
+def _worker_ended(error: Exception) -> CapacityError:
+    # Ray's message is a whole traceback, whose last line says what it was.
+    said = str(error).strip().splitlines()[-1]
+    return CapacityError(f"a worker ended: {said}; the finished parts are kept, so the same command goes on from there")
 
 
 def _check_whole(batch: BatchInput, parts: PartsFolder, mtime_ns: int) -> None:
