@@ -14,7 +14,7 @@ from ray import serve as ray_serve
 
 from multilora.registry import Registry
 from orchestrator.config import OrchestratorConfig
-from orchestrator.services import check_host
+from orchestrator.services import check_host, mlflow_url
 from orchestrator.session import ray_session
 from serve.app import APP_NAME, serve_application
 from serve.auth import read_keys
@@ -35,6 +35,8 @@ def run_endpoint(
             "keys_file": config.keys_file if has_keys else None,
             "audit_file": config.audit_file,
             "metrics_dir": config.metrics_dir,
+            "reports_dir": config.reports_dir,
+            "mlflow_url": mlflow_url(config, host),
             **settings,
         }
     )

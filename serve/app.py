@@ -34,6 +34,7 @@ from serve.schema import (
     GenerateResult,
     Item,
 )
+from serve.web_page import add_page
 
 APP_NAME = "adapters"
 
@@ -117,6 +118,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
 
     add_models_routes(app, replica)
     add_openai_routes(app, replica, admit_inputs)
+    add_page(app, config)
     answer_errors(app)
     return app
 

@@ -46,6 +46,10 @@ class ServeConfig(Part):
     """One line per request: who asked what, without the text; omit to have it in the replica's log alone."""
     metrics_dir: Path | None = None
     """Folder where the replicas of a machine count together; omit to have each count alone."""
+    reports_dir: Path | None = None
+    """Folder of the regression reports, whose newest one is shown at /report; omit to show none."""
+    mlflow_url: str | None = Field(default=None, pattern="^https?://")
+    """Address of MLflow's pages, for a link on the endpoint's page."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)

@@ -23,12 +23,12 @@ Refusal = Callable[[MultiLoraError], tuple[int, dict[str, Any], dict[str, str]]]
 """(status, body, headers) of an error."""
 Observe = Callable[[Scope, int, float], None]
 """(scope, status, seconds) of a request that ended; the scope's state says what is known of it."""
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""What a load balancer asks without a key."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/page.css", "/page.js"})
+"""What may be read without a key: what a load balancer asks, and the page's own files (web_page.py), which hold no data."""
 
 
 class Guard:
-    """ASGI middleware: everything but the health checks is denied unless its key is known."""
+    """ASGI middleware: everything but the health checks and the page's files is denied unless its key is known."""
 
     def __init__(
         self, app: App, door: Doorkeeper, max_body_bytes: int, max_bytes_in_flight: int, refusal: Refusal, observe: Observe
@@ -40,7 +40,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and _is_open(scope)):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
@@ -89,6 +89,10 @@ class Guard:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"a request has at most {self._max_body_bytes} bytes; send fewer inputs at a time")
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
