@@ -30,6 +30,9 @@ def serve(
     ] = None,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Adapters on the device at once, per base.")] = 16,
     host_adapters: Annotated[int, typer.Option("--host-adapters", min=1, help="Adapters in host memory at once.")] = 256,
+    by_task: Annotated[
+        bool, typer.Option("--by-task", help="Send a task's requests to the same replica (header x-adapter-task): many tasks.")
+    ] = False,
     foreground: Foreground = False,
     workspace: Workspace = None,
 ) -> None:
@@ -42,7 +45,7 @@ def serve(
         if foreground:
             from orchestrator.ingress import haproxy_in_front
 
-            with haproxy_in_front(config.ray_address):  # before Ray is imported
+            with haproxy_in_front(config.ray_address, is_by_task=by_task):  # before Ray is imported
                 from orchestrator.deploy import run_endpoint
 
                 run_endpoint(config, host, port, num_replicas, {"num_slots": slots, "num_host_adapters": host_adapters})
@@ -50,7 +53,13 @@ def serve(
         from orchestrator.services import start_endpoint
         from serve.auth import read_keys
 
-        options = {"replicas": replicas, "max-replicas": max_replicas, "slots": slots, "host-adapters": host_adapters}
+        options: dict[str, object] = {
+            "replicas": replicas,
+            "max-replicas": max_replicas,
+            "slots": slots,
+            "host-adapters": host_adapters,
+        }
+        options |= {"by-task": ""} if by_task else {}
         url = start_endpoint(config, host, port, options)
         header = " -H 'Authorization: Bearer ak-...'" if read_keys(config.keys_file) else ""
     print(f"serving at {url}  (try: curl{header} {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
