@@ -60,14 +60,18 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         """Answer one or many inputs with a label of the task, or of the task that the router chooses for each."""
         if body.model == ROUTER:
             return await classify_auto(request, body)
-        version, answers = await replica.classify(body.model, admit(request, body), may_truncate=body.truncate)
+        version, answers = await replica.classify(
+            body.model, admit(request, body), may_truncate=body.truncate, abstain_below=body.abstain_below
+        )
         request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [_result(answer, body.abstain_below) for answer in answers]
         return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
     async def classify_auto(request: Request, body: ClassifyRequest) -> AutoResponse:
         items = admit(request, body, is_routed=True)
-        router, routed = await replica.classify_auto(items, opens_of(request), may_truncate=body.truncate)
+        router, routed = await replica.classify_auto(
+            items, opens_of(request), may_truncate=body.truncate, abstain_below=body.abstain_below
+        )
         tasks = sorted({found.version.task for found in routed})
         request.state.audit |= {"task": f"{ROUTER}:{','.join(tasks)}", "version": router.version, "digest": router.digest}
         results = [_auto_result(found, body.abstain_below) for found in routed]

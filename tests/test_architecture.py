@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
-    "serve": "config schema error_table auth guard router slots batcher writer canaries engine pyfunc_model pyfunc_router "
-    "base_server adapter_store auto replica models_api openai_schema openai_ask openai_api app",
+    "serve": "config schema error_table auth guard router live_counts slots batcher writer canaries engine pyfunc_model "
+    "pyfunc_router base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api app",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
@@ -34,7 +34,8 @@ FROM_SERVE = {
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
     multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
-    serve.config serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset
+    serve.config serve.live_counts serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config
+    orchestrator.dataset
     orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare
     orchestrator.report_words orchestrator.report_text orchestrator.report_page orchestrator.report
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison
