@@ -22,13 +22,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def start_endpoint(config: OrchestratorConfig, host: str, port: int, options: Mapping[str, object]) -> str:
     """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError.
 
-    `options` are those of the command `serve`, by their names.
+    `options` are those of the command `serve`, by their names; one that is a list is given so often.
     """
     url = f"http://{host}:{port}"
     check_host(host, bool(read_keys(config.keys_file)))
     argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
             "--host", host, "--port", str(port)]  # fmt: skip
-    argv += [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    given = [(name, one) for name, value in options.items() for one in (value if isinstance(value, list) else [value])]
+    argv += [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
     return background.start(config.serve_file, argv, url, "/readyz").url
 
 

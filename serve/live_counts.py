@@ -122,6 +122,6 @@ class LiveCounts:
 
 def _write(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    staging = file.with_name(f".{file.name}")
+    staging = file.with_suffix(".part")
     staging.write_bytes(content)
     staging.replace(file)

@@ -16,7 +16,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
-    "ladder report_words report_text report_page report_sentence report_parts report_history report submissions turns "
+    "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs services status ingress deploy work mailbox controller curves training "
     "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables cli_options cli_submit "
     "cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
@@ -25,6 +25,7 @@ MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names
 FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
+    "orchestrator.live": ("serve.live_counts",),
     "orchestrator.cli_keys": ("serve.auth",),
     "orchestrator.cli_endpoint": ("serve.auth",),
     **{
@@ -37,7 +38,7 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     serve.config serve.live_counts serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config
     orchestrator.dataset
     orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare
-    orchestrator.report_words orchestrator.report_text orchestrator.report_page orchestrator.report
+    orchestrator.report_words orchestrator.live orchestrator.report_text orchestrator.report_page orchestrator.report
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison
     orchestrator.judge orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
