@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -38,7 +40,13 @@ APP_NAME = "adapters"
 
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
-    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
+
+    @asynccontextmanager
+    async def closing(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await replica.close()  # live counts included
+
+    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.", lifespan=closing)
     app.add_middleware(
         Guard, door=door, max_body_bytes=config.max_body_bytes, max_bytes_in_flight=config.max_bytes_in_flight, refusal=refusal
     )

@@ -111,11 +111,11 @@ class LiveCounts:
             now = asyncio.get_running_loop().time()
             if self._file is None or self._is_saved or (not at_once and now < self._saved_at + SAVE_EVERY_S):
                 return
-            content = COUNTS.dump_json(list(self._counts.items()))
             self._is_saved, self._saved_at = True, now
             try:
+                content = COUNTS.dump_json(list(self._counts.items()))
                 await asyncio.to_thread(_write, self._file, content)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 self._is_saved = False
                 logger.warning("live counts not written file=%s error=%r", self._file, error)
 

@@ -102,6 +102,10 @@ class Replica:
         """A version's adapter, and whether it sits in a device slot; None where it is not in host memory."""
         return self._store.bound(version.key)
 
+    def has_challenger(self, model: str) -> bool:
+        """Whether a task's challenger may be asked."""
+        return self._challengers.version(model) is not None
+
     def bases(self) -> dict[str, BaseServer]:
         """Bases that can be asked by their own name: what has no slash could be a task's, and is never taken for a base's."""
         specs = [(server.engine.base.spec.model, server) for server in self._store.servers()]

@@ -261,3 +261,37 @@ async def test_nothing_is_counted_or_written_without_a_challenger(crown, serving
         await replica.sync()
         await ask(client, CARDS, MANY)
     assert not (tmp_path / "live").exists()
+
+
+# OpenAI's routes, and the end
+
+
+async def test_labels_by_openais_routes_are_challenged_too(crown, challenge, serving, expected, tmp_path):
+    champion, challenger = crown(CARDS_1), challenge(CARDS_2)
+    async with serving(challengers={"cards": SHARE}, live_dir=tmp_path / "live") as (replica, client):
+        await replica.sync()
+        for text in MANY[:6]:
+            asked, made_of = (challenger, CARDS_2) if mine(text) else (champion, CARDS_1)
+            question = {"model": "cards", "messages": [{"role": "user", "content": text}]}
+            response = await client.post("/v1/chat/completions", json=question)
+            assert response.headers["x-adapter-digest"] == asked.digest
+            (probabilities,) = expected(made_of, [text])
+            assert response.json()["choices"][0]["message"]["content"] == best(probabilities)
+        streamed = await client.post("/v1/completions", json={"model": "cards", "prompt": MANY[0], "stream": True})
+        assert streamed.headers["x-adapter-digest"] == (challenger if mine(MANY[0]) else champion).digest
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        assert replica._store.num_in_use == 0
+    (counts,) = counts_in(tmp_path / "live").values()
+    assert counts.champion.num_requests + counts.challenger.num_requests == 7
+
+
+async def test_the_counts_are_written_when_the_application_ends(crown, challenge, serving, tmp_path):
+    crown(CARDS_1)
+    challenge(CARDS_2)
+    async with serving(challengers={"cards": SHARE}, live_dir=tmp_path / "live") as (replica, client):
+        app = client._transport.app
+        async with app.router.lifespan_context(app):
+            await replica.sync()
+            await ask(client, CARDS, MANY)
+            assert not (tmp_path / "live").exists()
+        assert len(counts_in(tmp_path / "live")) == 1
