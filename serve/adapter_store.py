@@ -22,6 +22,7 @@ from multilora.spec import BaseSpec
 from serve.base_server import BaseServer
 from serve.config import ServeConfig
 from serve.engine import BoundAdapter, Engine
+from serve.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,15 @@ class Failure:
 class AdapterStore:
     """Bound adapters of all bases. Belongs to one event loop."""
 
-    def __init__(self, config: ServeConfig, registry: Registry) -> None:
-        self._config, self._registry = config, registry
+    def __init__(self, config: ServeConfig, registry: Registry, metrics: Metrics) -> None:
+        self._config, self._registry, self._metrics = config, registry, metrics
         self._servers: dict[BaseSpec, asyncio.Task[BaseServer]] = {}
         self._bound: OrderedDict[str, BaseServer] = OrderedDict()
         """By adapter key (`task@version`), least recently used first."""
         self._loads: dict[str, asyncio.Task[BaseServer]] = {}
         self._num_users: Counter[str] = Counter()
         self._failures: dict[str, Failure] = {}
+        self._slot_loads_told: Counter[str] = Counter()
         self._turnstile = asyncio.Semaphore(NUM_LOADS_AT_ONCE)
         self._loading_base = asyncio.Lock()
 
@@ -98,6 +100,17 @@ class AdapterStore:
             self._loads[key].add_done_callback(lambda load: self._end_load(version, load))
         return await asyncio.shield(self._loads[key])
 
+    def tell(self) -> None:
+        """Tell the metrics how things stand."""
+        on_host = Counter(id(server) for server in self._bound.values())
+        for server in self.servers():
+            engine, name = server.engine, server.engine.base.spec.model
+            self._metrics.slot_loads.labels(name).inc(engine.num_slot_loads - self._slot_loads_told[name])
+            self._slot_loads_told[name] = engine.num_slot_loads
+            self._metrics.waiting.labels(name).set(server.num_waiting)
+            self._metrics.adapters.labels(name, "device").set(len(engine.residents))
+            self._metrics.adapters.labels(name, "host").set(on_host[id(server)])
+
     async def close(self) -> None:
         """Stop all engines."""
         for load in self._loads.values():
@@ -106,16 +119,20 @@ class AdapterStore:
             await server.close()
 
     async def _load(self, version: AdapterVersion) -> BaseServer:
+        loads = self._metrics.loads
         async with self._turnstile:
             try:
-                server = await self._fetch_and_bind(version)
+                with self._metrics.load_s.time():
+                    server = await self._fetch_and_bind(version)
             except Exception as error:
+                loads.labels(version.task, "failed").inc()
                 # Files that do not fit stay so; a download, a base or a full device may come right.
                 delay_s = math.inf if isinstance(error, AdapterError) else self._config.retry_s
                 reason = str(error) or type(error).__name__
                 self._failures[version.key] = Failure(reason, asyncio.get_running_loop().time() + delay_s)
                 logger.error("not bound version=%s error=%r", version.key, error)
                 raise AdapterError(f"task {version.task} cannot answer now: {reason}") from error
+        loads.labels(version.task, "ok").inc()
         self._failures.pop(version.key, None)
         self._bound[version.key] = server
         self._evict()
@@ -151,7 +168,7 @@ class AdapterStore:
         async with self._loading_base:  # transformers builds a model under settings of the whole process
             base = await asyncio.to_thread(load_base, spec)
         engine = await asyncio.to_thread(Engine, base, config.num_slots, config.max_rank, config.max_batch_tokens)
-        return BaseServer(engine, config.max_batch_tokens)
+        return BaseServer(engine, config.max_batch_tokens, config.max_wait_s, self._metrics)
 
     def _evict(self) -> None:
         """Let the least recently used go; not the newest, which somebody is about to use."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from ray import serve as ray_serve
 
 from multilora.log import log_apart, setup_logging
 from multilora.registry import ROUTER
-from serve.auth import Doorkeeper
+from serve.auth import ALL_TASKS, Doorkeeper
 from serve.auto import RoutedAnswer
 from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.error_table import RESPONSES, answer_errors, refusal, route_of
-from serve.guard import Guard, audit
+from serve.guard import Guard, Scope, audit
+from serve.metrics import FOLDER_VARIABLE, OTHER
 from serve.models_api import add_models_routes, opens_of
 from serve.openai_api import add_openai_routes
 from serve.replica import Replica
@@ -34,21 +36,31 @@ from serve.schema import (
     GenerateResult,
     Item,
 )
+from serve.web_page import add_page
 
 APP_NAME = "adapters"
 
 
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
+    title, description = "Adapter orchestrator", "Every task from one shared base model."
+    app = FastAPI(title=title, description=description, lifespan=_closing(replica))
 
-    @asynccontextmanager
-    async def closing(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await replica.close()  # live counts included
+    def observe(scope: Scope, status: int, seconds: float) -> None:
+        known, route = scope["state"]["audit"], getattr(scope.get("route"), "path", OTHER)
+        task = replica.task_label(str(known.get("task", "")))
+        replica.metrics.requests.labels(route, task, str(status)).inc()
+        replica.metrics.request_s.labels(route, task).observe(seconds)
+        replica.metrics.inputs.labels(task).inc(known.get("num_inputs", 0))
+        replica.metrics.abstentions.labels(task).inc(known.get("num_abstained", 0))
 
-    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.", lifespan=closing)
     app.add_middleware(
-        Guard, door=door, max_body_bytes=config.max_body_bytes, max_bytes_in_flight=config.max_bytes_in_flight, refusal=refusal
+        Guard,
+        door=door,
+        max_body_bytes=config.max_body_bytes,
+        max_bytes_in_flight=config.max_bytes_in_flight,
+        refusal=refusal,
+        observe=observe,
     )
 
     def admit(request: Request, body: ClassifyRequest | GenerateRequest, *, is_routed: bool = False) -> list[Item]:
@@ -73,6 +85,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         )
         request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [_result(answer, body.abstain_below) for answer in answers]
+        request.state.audit |= {"num_abstained": sum(result.is_abstained for result in results)}
         return ClassifyResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
     async def classify_auto(request: Request, body: ClassifyRequest) -> AutoResponse:
@@ -93,6 +106,13 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
         return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
+    @app.get("/metrics", response_class=PlainTextResponse, responses=RESPONSES)
+    async def metrics(request: Request) -> Response:
+        """Say how much of everything there was, for Prometheus; all tasks are in it, so it wants a key that opens all."""
+        if request.state.key is not None:
+            request.state.key.check_task(ALL_TASKS)
+        return Response(replica.metrics.exposition(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """Say that the process answers."""
@@ -105,6 +125,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
 
     add_models_routes(app, replica)
     add_openai_routes(app, replica, admit_inputs)
+    add_page(app, config)
     answer_errors(app)
     return app
 
@@ -140,8 +161,21 @@ def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cp
     least, most = num_replicas
     scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": config.target_requests_per_replica}
     options: dict[str, Any] = {"num_replicas": least} if most == least else {"autoscaling_config": scaling}
+    env = {FOLDER_VARIABLE: str(config.metrics_dir)} if config.metrics_dir else {}
+    actor = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
     deployment: Any = EngineReplica
-    return deployment.options(**options, ray_actor_options={"num_cpus": num_cpus, "num_gpus": num_gpus}).bind(config)
+    return deployment.options(**options, ray_actor_options=actor).bind(config)
+
+
+def _closing(replica: Replica) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Close the replica, which writes its last counts, when the application ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await replica.close()
+
+    return lifespan
 
 
 def _result(answer: Answer, abstain_below: float | None) -> ClassifyResult:

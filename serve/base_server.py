@@ -18,6 +18,8 @@ from multilora.base_model import FrozenBase
 from multilora.generate import Reader, Token
 from serve.batcher import Batcher
 from serve.engine import Answer, Engine, Work, written
+from serve.metrics import Metrics
+from serve.router import task_of
 from serve.writer import TextWork, Writer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class Pending:
 
     work: Work
     future: asyncio.Future[Answer]
+    since: float
+    """Loop time of its arrival."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ class TextStream:
 class BaseServer:
     """One base's engine with its queues and its thread."""
 
-    def __init__(self, engine: Engine, max_batch_tokens: int) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, max_batch_tokens: int, max_wait_s: float, metrics: Metrics) -> None:
+        self.engine, self._max_wait_s, self._metrics = engine, max_wait_s, metrics
         self._labels: Batcher[Pending] = Batcher(max_batch_tokens)
         self._texts: Batcher[TextStream] = Batcher(max_batch_tokens)
         self._writing: deque[tuple[Writer, Sequence[TextStream]]] = deque()
@@ -133,7 +137,8 @@ class BaseServer:
         limit = self.engine.bound(work.key).max_new_tokens
         if limit:
             return self.write(TextWork(work.key, work.prompt, limit)).answer
-        pending = Pending(work, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        pending = Pending(work, loop.create_future(), loop.time())
         self._labels.add(work.key, self.engine.num_tokens(work), pending)
         self._wake()
         return pending.future
@@ -158,6 +163,8 @@ class BaseServer:
     async def _run(self) -> None:
         while True:
             await self._is_awake.wait()
+            # Others that come in the next moment share the first batch; later ones gather while it is computed.
+            await asyncio.sleep(self._max_wait_s)
             self._is_awake.clear()
             while self.num_waiting or self._writing:
                 # A caller that left needs no answer, and its adapter may be unbound by now.
@@ -176,8 +183,10 @@ class BaseServer:
         works = [pending.work for pending in batch]
         if not works:
             return
+        self._observe(batch)
         try:
-            answers = await self._in_thread(lambda: self.engine.classify(works))
+            with self._metrics.batch_s.labels(self.engine.base.spec.model).time():
+                answers = await self._in_thread(lambda: self.engine.classify(works))
         except Exception as error:  # every caller must hear of it, and the loop must go on
             keys = dict.fromkeys(work.key for work in works)
             if len(keys) > 1:
@@ -192,6 +201,13 @@ class BaseServer:
         for pending, answer in zip(batch, answers, strict=True):
             if not pending.future.done():
                 pending.future.set_result(answer)
+
+    def _observe(self, batch: Sequence[Pending]) -> None:
+        base, now = self.engine.base.spec.model, asyncio.get_running_loop().time()
+        self._metrics.batch_inputs.labels(base).observe(len(batch))
+        self._metrics.batch_tasks.labels(base).observe(len({pending.work.key for pending in batch}))
+        for pending in batch:
+            self._metrics.queue_s.labels(task_of(pending.work.key)).observe(now - pending.since)
 
     def _begin(self, streams: Sequence[TextStream]) -> None:
         for writer, indices in self.engine.writers([stream.work for stream in streams]):

@@ -28,6 +28,8 @@ class ServeConfig(Part):
     """Rank that slots have room for at first; a larger adapter makes them grow."""
     max_batch_tokens: int = Field(default=4096, ge=64)
     """Most padded tokens in one forward pass."""
+    max_wait_s: float = Field(default=0.002, ge=0)
+    """How long an idle engine waits for more requests to share a batch with the first."""
     max_queue_inputs: int = Field(default=2048, ge=1)
     """Inputs that may wait; more are answered with 429."""
     max_inputs_per_request: int = Field(default=256, ge=1)
@@ -50,6 +52,12 @@ class ServeConfig(Part):
     """By task, what the version behind the alias `challenger` does; omit for champions alone."""
     live_dir: Path | None = None
     """Folder for the counts of what champions and challengers answered; omit to keep none."""
+    metrics_dir: Path | None = None
+    """Folder where the replicas of a machine count together; omit to have each count alone."""
+    reports_dir: Path | None = None
+    """Folder of the regression reports, whose newest one is shown at /report; omit to show none."""
+    mlflow_url: str | None = Field(default=None, pattern="^https?://")
+    """Address of MLflow's pages, for a link on the endpoint's page."""
     poll_s: float = Field(default=1.0, gt=0)
     """Seconds between looks at the registry for new champions."""
     retry_s: float = Field(default=30.0, ge=0)

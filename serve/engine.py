@@ -111,6 +111,8 @@ class Engine:
         self.base = base
         self._max_batch_tokens = max_batch_tokens
         self._num_slots = num_slots
+        self.num_slot_loads = 0
+        """How often an adapter was copied into a slot."""
         self._slots, self._table = self._new_slots(max_rank)
         self._bound: dict[str, BoundAdapter] = {}
         self._lock = threading.Lock()
@@ -262,6 +264,7 @@ class Engine:
                 # Half an adapter must not count as resident.
                 self._empty_slot(bound.key)
                 raise
+            self.num_slot_loads += 1
         return placement.slot
 
     def _empty_slot(self, key: str) -> None:

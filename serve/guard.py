@@ -21,22 +21,26 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Refusal = Callable[[MultiLoraError], tuple[int, dict[str, Any], dict[str, str]]]
 """(status, body, headers) of an error."""
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
-"""What a load balancer asks without a key."""
+Observe = Callable[[Scope, int, float], None]
+"""(scope, status, seconds) of a request that ended; the scope's state says what is known of it."""
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/page.css", "/page.js"})
+"""What may be read without a key: what a load balancer asks, and the page's own files (web_page.py), which hold no data."""
 
 
 class Guard:
-    """ASGI middleware: everything but the health checks is denied unless its key is known."""
+    """ASGI middleware: everything but the health checks and the page's files is denied unless its key is known."""
 
-    def __init__(self, app: App, door: Doorkeeper, max_body_bytes: int, max_bytes_in_flight: int, refusal: Refusal) -> None:
-        """Limit the bytes of one request, and of all that are not answered yet."""
-        self._app, self._door, self._refusal = app, door, refusal
+    def __init__(
+        self, app: App, door: Doorkeeper, max_body_bytes: int, max_bytes_in_flight: int, refusal: Refusal, observe: Observe
+    ) -> None:
+        """Limit the bytes of one request, and of all that are not answered yet; `observe` hears of every request's end."""
+        self._app, self._door, self._refusal, self._observe = app, door, refusal, observe
         self._max_body_bytes, self._max_bytes_in_flight = max_body_bytes, max_bytes_in_flight
         self._bytes_in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or refuse it."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and _is_open(scope)):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
@@ -58,7 +62,9 @@ class Guard:
             await _refuse(self._refusal(error), counted_send)
         finally:
             self._bytes_in_flight -= len(body)
-            _log(scope, status, time.monotonic() - started, body)
+            seconds = time.monotonic() - started
+            _log(scope, status, seconds, body)
+            self._observe(scope, status, seconds)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Read a body and count it as in flight. Raises TooLargeError as soon as it is known, CapacityError for want of room."""
@@ -83,6 +89,10 @@ class Guard:
 
     def _too_large(self) -> TooLargeError:
         return TooLargeError(f"a request has at most {self._max_body_bytes} bytes; send fewer inputs at a time")
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN_PATHS
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

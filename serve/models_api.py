@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import TypedDict
 
 from fastapi import FastAPI, Request
 
@@ -13,6 +15,14 @@ from serve.error_table import RESPONSES
 from serve.replica import Replica
 from serve.router import task_of
 from serve.schema import ModelInfo, ModelList
+
+
+class Judgement(TypedDict):
+    """What the gate found, as the version's tags tell it."""
+
+    verdict: str | None
+    accuracy: float | None
+    num_gate_examples: int | None
 
 
 def add_models_routes(app: FastAPI, replica: Replica) -> None:
@@ -55,6 +65,7 @@ def task_info(version: AdapterVersion, found: tuple[BoundAdapter, bool] | None) 
         columns=list(bound.prompt_format.columns) if bound else None,
         base=bound.artifact.card.base.model if bound else None,
         residency="device" if is_resident else "host" if bound else "registry",
+        **judgement_of(version.tags),
     )
 
 
@@ -70,3 +81,21 @@ def base_info(name: str, server: BaseServer) -> ModelInfo:
         base=name,
         residency="device",
     )
+
+
+def judgement_of(tags: Mapping[str, str]) -> Judgement:
+    """Read a version's tags; anybody may edit them in MLflow, so what is no number counts as missing."""
+    num_examples = _number(tags.get("num_gate_examples", ""))
+    return Judgement(
+        verdict=tags.get("verdict"),
+        accuracy=_number(tags.get("accuracy", "")),
+        num_gate_examples=None if num_examples is None else int(num_examples),
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 
 from multilora.errors import AdapterError, CapacityError, DeadlineError, RequestError, TooLargeError, WrongRouteError
 from multilora.prompt import Prompt
-from multilora.registry import AdapterVersion, Registry
+from multilora.registry import ROUTER, AdapterVersion, Registry
 from serve.adapter_store import AdapterStore
 from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
 from serve.base_server import BaseServer
 from serve.challenger import Challengers
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
-from serve.router import pinned, unknown_task
+from serve.metrics import OTHER, Metrics
+from serve.router import pinned, task_of, unknown_task
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ class Replica:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         self._registry = Registry(config.tracking_uri)
-        self._store = AdapterStore(config, self._registry)
+        self.metrics = Metrics()
+        self._store = AdapterStore(config, self._registry, self.metrics)
         self._auto = AutoRouter(config, self._registry)
         self._challengers = Challengers(config, self._registry, self._store)
         self._champions: dict[str, AdapterVersion] = {}
@@ -93,6 +95,11 @@ class Replica:
     def max_base_tokens(self) -> int:
         """Most tokens of a text that a base writes by itself."""
         return self._config.max_base_tokens
+
+    def task_label(self, model: str) -> str:
+        """The name under which the metrics count a request: a task or base that is served, or OTHER."""
+        name = task_of(model).partition(":")[0]  # the router's requests are `auto:TASK,TASK`
+        return name if name in self._champions or name == ROUTER or name in self.bases() else OTHER
 
     def served(self) -> list[AdapterVersion]:
         """The version of every task that answers."""
@@ -205,6 +212,7 @@ class Replica:
         await self._challengers.follow()
         self._store.forget_failures({version.key for version in champions.values()} | self._challengers.keys)
         await self._auto.refresh([server.engine for server in self._store.servers()])
+        self._store.tell()
         self._has_synced.set()
 
     async def close(self) -> None:

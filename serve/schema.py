@@ -147,6 +147,12 @@ class ModelInfo(Body):
     """Base model."""
     residency: Literal["device", "host", "registry"]
     """Where this replica has the adapter now: in a device slot, in host memory, or not yet fetched or let go again."""
+    verdict: str | None = None
+    """What the regression gate said of that version; null where it was never judged."""
+    accuracy: float | None = None
+    """On the gate examples; null where the task is judged by another metric."""
+    num_gate_examples: int | None = None
+    """How many these were."""
 
 
 class ModelList(Body):

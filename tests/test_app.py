@@ -721,7 +721,7 @@ async def test_a_key_opens_its_tasks_alone_and_nothing_opens_without_one(serving
     question = {"model": "cards", "input": [TEXTS[0], TEXTS[1]]}
     async with serving(keys_file=tmp_path / "keys.json", max_body_bytes=2000) as (replica, client):
         await replica.sync()
-        for path in ("/v1/classify", "/v1/generate", "/v1/models", "/docs", "/openapi.json", "/"):
+        for path in ("/v1/classify", "/v1/generate", "/v1/models", "/v1/links", "/report", "/docs", "/openapi.json"):
             answer = await client.request("POST" if "ate" in path or "ify" in path else "GET", path, json=question)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
             assert answer.json()["error"]["type"] == "UnauthorizedError"

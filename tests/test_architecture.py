@@ -12,14 +12,15 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
     "serve": "config schema error_table auth guard router live_counts slots batcher writer canaries engine pyfunc_model "
-    "pyfunc_router base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api app",
+    "pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api "
+    "web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs services status ingress deploy work mailbox controller curves training "
-    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables cli_options cli_submit "
-    "cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
+    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
+    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -27,10 +28,10 @@ FROM_SERVE = {
     "orchestrator.services": ("serve.auth",),
     "orchestrator.live": ("serve.live_counts",),
     "orchestrator.cli_keys": ("serve.auth",),
-    "orchestrator.cli_endpoint": ("serve.auth",),
+    "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{
         f"orchestrator.{name}": ("serve.engine",)
-        for name in ("evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
+        for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
     },
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
@@ -42,7 +43,7 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison
     orchestrator.judge orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
-    orchestrator.tables orchestrator.cli"""
+    orchestrator.batch_files orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):

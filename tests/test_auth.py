@@ -155,7 +155,7 @@ def anyio_backend():
 
 @pytest.mark.anyio
 async def test_a_body_is_read_no_further_than_allowed(file):
-    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(None), 10, 12, refusal))
+    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(None), 10, 12, refusal, lambda *of: None))
 
     async def endless():
         for _ in range(3):
@@ -180,7 +180,7 @@ async def test_bodies_that_wait_are_bounded_together():
         await may_go.wait()
         await echo(scope, receive, send)
 
-    transport = httpx.ASGITransport(Guard(slow, Doorkeeper(None), 10, 12, refusal))
+    transport = httpx.ASGITransport(Guard(slow, Doorkeeper(None), 10, 12, refusal, lambda *of: None))
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         for _ in range(2):
             first = asyncio.create_task(client.post("/", content=b"01234567"))
@@ -196,7 +196,7 @@ async def test_bodies_that_wait_are_bounded_together():
 @pytest.mark.anyio
 async def test_every_path_wants_the_key_and_leaves_a_line_without_the_text(file, caplog):
     key, secret = create_key(file, "billing", ["*"], None, WHEN)
-    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(file), 1000, 1000, refusal))
+    transport = httpx.ASGITransport(Guard(echo, Doorkeeper(file), 1000, 1000, refusal, lambda *of: None))
     caplog.set_level(logging.INFO, logger="serve.audit")
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         for path in (
@@ -229,7 +229,7 @@ async def test_what_a_caller_sends_forges_no_line_and_no_field(caplog):
         await echo({**scope, "state": {"audit": {}}}, receive, send)
 
     caplog.set_level(logging.INFO, logger="serve.audit")
-    transport = httpx.ASGITransport(Guard(tells_its_task, Doorkeeper(None), 1000, 1000, refusal))
+    transport = httpx.ASGITransport(Guard(tells_its_task, Doorkeeper(None), 1000, 1000, refusal, lambda *of: None))
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         await client.post("/a%0Ab key=x", content=b"")
     (line,) = caplog.messages

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 from peft import PeftModel
-from test_engine import AUTO_CLASS, TASKS, plain_probabilities
+from plain_peft import AUTO_CLASS, plain_probabilities
+from test_engine import TASKS
 from tiny_adapters import CARDS, MAIL, SHORTEN, TEXTS, item_of
 
 from multilora.errors import RequestError, UnknownTaskError

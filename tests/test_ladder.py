@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import FAMILIES
+from plain_peft import plain_peft, plain_probabilities
 from test_cross import gate_of, items_of
-from test_engine import plain_peft, plain_probabilities
 from tiny_adapters import CARDS, MAIL, MOOD, SHORTEN, write_tiny_adapter
 
 from multilora.artifact import CARD, read_artifact

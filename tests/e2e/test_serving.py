@@ -12,6 +12,7 @@ import httpx
 import psutil
 import pytest
 from plain_peft import plain_peft, plain_probabilities
+from prometheus_client.parser import text_string_to_metric_families
 from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of
 
 import serve.pyfunc_model as pyfunc_model
@@ -114,6 +115,21 @@ def test_haproxy_is_in_front_and_nothing_of_it_listens_beyond_this_machine(endpo
     # The replicas' own HTTP ports; Ray's ports between its processes are other ones.
     http = [c for p in endpoint.replicas() for c in p.net_connections("inet") if 30_000 <= c.laddr.port <= 31_000]
     assert {c.laddr.ip for c in http if c.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
+
+
+def test_metrics_tell_of_all_replicas_whichever_is_asked(endpoint: Endpoint) -> None:
+    """Two hundred requests are spread over two replicas; each of them tells of all."""
+
+    def counted() -> dict[str, float]:
+        found = text_string_to_metric_families(httpx.get(f"{endpoint.url}/metrics").text)
+        samples = [s for family in found for s in family.samples if s.name == "adapters_inputs_total"]
+        return {sample.labels["task"]: sample.value for sample in samples}
+
+    before = counted()
+    asyncio.run(asked(endpoint, 200, 3))
+    after = [counted() for _ in range(8)]
+    assert all(seen == after[0] for seen in after)
+    assert sum(after[0].values()) - sum(before.values()) == 200
 
 
 def test_promotion_and_roll_back_reach_all_replicas(endpoint: Endpoint) -> None:
