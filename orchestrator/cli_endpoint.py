@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from multilora.errors import CapacityError
 from orchestrator.cli_options import Json, Workspace, config_of, errors, print_json
 
 endpoint_app = typer.Typer(rich_markup_mode="rich")
@@ -33,11 +35,22 @@ def serve(
     by_task: Annotated[
         bool, typer.Option("--by-task", help="Send a task's requests to the same replica (header x-adapter-task): many tasks.")
     ] = False,
+    challenger: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--challenger",
+            metavar="TASK=5%|shadow",
+            help="Let the task's challenger answer this share of its requests, or all of them in shadow; may be given often.",
+        ),
+    ] = None,
     foreground: Foreground = False,
     workspace: Workspace = None,
 ) -> None:
-    """Start the endpoint that answers for every task's champion, and return when it is ready."""
-    config = config_of(workspace)
+    """Start the endpoint that answers for every task's champion, and return when it is ready.
+
+    What champions and challengers answered: orchestrator live
+    """
+    config, roles = config_of(workspace), _roles(challenger or [])
     num_replicas = (replicas, max_replicas or replicas)
     with errors():
         if num_replicas[1] < num_replicas[0]:
@@ -48,21 +61,36 @@ def serve(
             with haproxy_in_front(config.ray_address, is_by_task=by_task):  # before Ray is imported
                 from orchestrator.deploy import run_endpoint
 
-                run_endpoint(config, host, port, num_replicas, {"num_slots": slots, "num_host_adapters": host_adapters})
+                settings = {"num_slots": slots, "num_host_adapters": host_adapters, "challengers": roles}
+                run_endpoint(config, host, port, num_replicas, settings)
             return
+        from orchestrator import background
         from orchestrator.services import start_endpoint
         from serve.auth import read_keys
 
-        options: dict[str, object] = {
-            "replicas": replicas,
-            "max-replicas": max_replicas,
-            "slots": slots,
-            "host-adapters": host_adapters,
-        }
-        options |= {"by-task": ""} if by_task else {}
+        if roles and (running := background.find(config.serve_file)):
+            raise CapacityError(f"an endpoint runs at {running.url}, with its own challengers; end it first: orchestrator stop")
+        options: list[object] = ["--replicas", replicas, "--slots", slots, "--host-adapters", host_adapters]
+        options += ["--max-replicas", max_replicas] if max_replicas else []
+        options += ["--by-task"] if by_task else []
+        options += [word for one in challenger or () for word in ("--challenger", one)]
         url = start_endpoint(config, host, port, options)
         header = " -H 'Authorization: Bearer ak-...'" if read_keys(config.keys_file) else ""
     print(f"serving at {url}  (try: curl{header} {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")
+
+
+def _roles(given: list[str]) -> dict[str, float | str]:
+    """What the challenger of each task does: a share of its requests, or `shadow`."""
+    roles: dict[str, float | str] = {}
+    for text in given:
+        match = re.fullmatch(r"([a-z0-9-]{1,63})=(?:(shadow)|([0-9]+(?:\.[0-9]+)?)%)", text, re.ASCII)
+        role = match and (match[2] or float(match[3]) / 100)
+        if not match or not role or (isinstance(role, float) and role >= 1):
+            raise typer.BadParameter(f"--challenger {text}: give TASK=5% (more than 0 %, less than 100 %) or TASK=shadow")
+        if match[1] in roles:
+            raise typer.BadParameter(f"--challenger {text}: {match[1]} is given twice")
+        roles[match[1]] = role
+    return roles
 
 
 @endpoint_app.command(epilog='Example: orchestrator query client-talk "I have been thinking about cutting down."')

@@ -1,4 +1,4 @@
-"""The commands that look behind a champion: cross, explain. Heavy imports sit inside them."""
+"""The commands that look behind a champion: cross, explain, live. Heavy imports sit inside them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,24 @@ def explain(
         print_json({**asdict(ladder), "conclusion": ladder.conclusion})
     else:
         tables.print_ladder(ladder)
+
+
+@evidence_app.command(epilog="Example: orchestrator live --json")
+def live(as_json: Json = False, workspace: Workspace = None) -> None:
+    """Show what champions and challengers answered to requests: agreement, for nobody knows what was right.
+
+    Challengers are asked where the endpoint is started with: orchestrator serve --challenger TASK=5% (or TASK=shadow)
+    """
+    from orchestrator import tables
+    from orchestrator.live import live_rows
+
+    rows = live_rows(config_of(workspace).live_dir)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        tables.print_live(rows)
+    else:
+        print("no challenger was asked yet; start with: orchestrator serve --challenger TASK=5% (or TASK=shadow)")
 
 
 def _say(message: str) -> None:

@@ -112,6 +112,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "audit.log"
 
     @property
+    def live_dir(self) -> Path:
+        """What champions and challengers answered to requests, one file per replica."""
+        return self.workspace / "live"
+
+    @property
     def serve_file(self) -> Path:
         """Address and process of the running endpoint."""
         return self.workspace / "serve.json"

@@ -34,6 +34,7 @@ def run_endpoint(
             "downloads_dir": config.downloads_dir / "serve",
             "keys_file": config.keys_file if has_keys else None,
             "audit_file": config.audit_file,
+            "live_dir": config.live_dir,
             "metrics_dir": config.metrics_dir,
             "reports_dir": config.reports_dir,
             "mlflow_url": mlflow_url(config, host),

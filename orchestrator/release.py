@@ -28,6 +28,7 @@ from orchestrator.history import (
     read_events,
 )
 from orchestrator.judge import Release, judge
+from orchestrator.live import live_rows
 from orchestrator.report import State, TaskOutcome, build_report
 from orchestrator.report_page import write_report
 from orchestrator.submissions import SubmitResult, TaskResult
@@ -92,7 +93,8 @@ class ReleaseRecord:
             for outcome in found
         ]
         matrices = [{**asdict(matrix), **matrix.summary()} for matrix in load_matrices(self._config.cross_file)]
-        report = build_report(outcomes, self._created, facts, release, events, matrices)
+        live = live_rows(self._config.live_dir, is_newest_only=True)
+        report = build_report(outcomes, self._created, facts, release, events, matrices, live)
         event = replace(event, outcome=report["outcome"], reason=report["sentence"])
         report["history"]["events"][-1] |= {"outcome": event.outcome, "reason": event.reason}
         folder = self._config.reports_dir / event.id

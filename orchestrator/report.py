@@ -103,11 +103,13 @@ def build_report(
     release: Release | None = None,
     events: Sequence[PromotionEvent] = (),
     matrices: Sequence[Mapping[str, Any]] = (),
+    live: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Gather every number of a submission into one JSON-able object. Shares are fractions 0..1; worst tasks first.
 
-    `events` are all promotion events, this one last; `matrices` hold answers of every adapter on every task. The key `flips`
-    has every flip whole, and is written to flips.jsonl alone.
+    `events` are all promotion events, this one last; `matrices` hold answers of every adapter on every task,
+    `live` those of champions and challengers to requests (live.py). The key `flips` has every flip whole, and is written to
+    flips.jsonl alone.
     """
     labels = {outcome.task: _labels_of(outcome) for outcome in outcomes}
     errors = dict(release.errors) if release else {}
@@ -138,6 +140,7 @@ def build_report(
         "tasks": tasks,
         "suspects": suspects,
         "history": history([*events[:-1], *(replace(event, outcome=outcome) for event in events[-1:])]),
+        "live": list(live),
         "cross": [cross(matrix) for matrix in matrices],
         "flips": all_flips,
     }

@@ -57,11 +57,15 @@ def markdown(report: dict[str, Any]) -> str:
     room -= sum(map(len, rows))
     reasons, _ = _fitting(reasons, room // 2)
     room -= sum(map(len, reasons))
+    live, _ = _fitting([f"- {plain(row['sentence'])}" for row in report["live"]], room // 2)
+    room -= sum(map(len, live))
     flips, _ = _fitting([_flips_of(task) for task in report["tasks"] if task["flips"]], room)
     parts = [*head, "\n".join([*table, *rows])]
     if num_rows_hidden:
         parts.append(f"{num_rows_hidden} more tasks are in report.html.")
-    parts += ["\n".join(reasons), *flips, tail]
+    if live:
+        live = ["### Live: champion against challenger (agreement, not accuracy)", "\n".join(live)]
+    parts += ["\n".join(reasons), *live, *flips, tail]
     return "\n\n".join(part for part in parts if part)
 
 

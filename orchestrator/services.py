@@ -20,17 +20,15 @@ KEY_VARIABLE = "ORCHESTRATOR_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def start_endpoint(config: OrchestratorConfig, host: str, port: int, options: Mapping[str, object]) -> str:
+def start_endpoint(config: OrchestratorConfig, host: str, port: int, options: Sequence[object]) -> str:
     """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError.
 
-    `options` are those of the command `serve`, by their names; None leaves one out, "" is a flag.
+    `options` are words of the command `serve`.
     """
     url = f"http://{host}:{port}"
     check_host(host, bool(read_keys(config.keys_file)))
     argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
-            "--host", host, "--port", str(port)]  # fmt: skip
-    for name, value in options.items():
-        argv += [] if value is None else [f"--{name}", str(value)] if value != "" else [f"--{name}"]
+            "--host", host, "--port", str(port), *map(str, options)]  # fmt: skip
     return background.start(config.serve_file, argv, url, "/readyz").url
 
 

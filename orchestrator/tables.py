@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from orchestrator.rungs import Ladder
     from orchestrator.status import TaskStatus
 
+MAX_FLIPS = 10
+"""Kinds of live flips printed per pair."""
+
 
 def print_plan(planned: PlannedSubmission, gpu_price: float | None = None) -> None:
     """Print groups, what they take, what is unchanged and what cannot run; `gpu_price` is that of one GPU for an hour."""
@@ -136,7 +139,25 @@ def print_report(found: dict[str, Any], html: Path) -> None:
         table.add_row(*row)
     print_rich(table)
     print(f"{found['outcome']}: {found['sentence']}")
+    for row in found.get("live", ()):  # reports of older versions have none
+        print(f"live: {row['sentence']}")
     print(f"report: {html}")
+
+
+def print_live(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print two rows per pair, the flips of those in shadow, and a sentence each."""
+    table = table_of("version", "role", "mode", "requests", "inputs", "mean probability", "abstained", "mean seconds")
+    for row in rows:
+        for role in ("champion", "challenger"):
+            side = row[role]
+            means = ["" if side[name] is None else f"{side[name]:.3f}" for name in ("mean_probability", "mean_s")]
+            numbers = [str(side["num_requests"]), str(side["num_inputs"]), means[0], str(side["abstained"]["count"]), means[1]]
+            table.add_row(side["system"], role, row["mode"], *numbers)
+    print_rich(table)
+    for row in rows:
+        print(row["sentence"])
+        for cell in [cell for cell in row["table"] if cell["champion"] != cell["challenger"]][:MAX_FLIPS]:
+            print(f"    {cell['count']} x {cell['champion']} -> {cell['challenger']}")
 
 
 def print_history(events: Sequence[tuple[PromotionEvent, Cell]], versions: Sequence[VersionRow]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -41,7 +43,8 @@ APP_NAME = "adapters"
 
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
-    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
+    title, description = "Adapter orchestrator", "Every task from one shared base model."
+    app = FastAPI(title=title, description=description, lifespan=_closing(replica))
 
     def observe(scope: Scope, status: int, seconds: float) -> None:
         known, route = scope["state"]["audit"], getattr(scope.get("route"), "path", OTHER)
@@ -77,7 +80,9 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         """Answer one or many inputs with a label of the task, or of the task that the router chooses for each."""
         if body.model == ROUTER:
             return await classify_auto(request, body)
-        version, answers = await replica.classify(body.model, admit(request, body), may_truncate=body.truncate)
+        version, answers = await replica.classify(
+            body.model, admit(request, body), may_truncate=body.truncate, abstain_below=body.abstain_below
+        )
         request.state.audit |= {"version": version.version, "digest": version.digest}
         results = [_result(answer, body.abstain_below) for answer in answers]
         request.state.audit |= {"num_abstained": sum(result.is_abstained for result in results)}
@@ -85,7 +90,9 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
 
     async def classify_auto(request: Request, body: ClassifyRequest) -> AutoResponse:
         items = admit(request, body, is_routed=True)
-        router, routed = await replica.classify_auto(items, opens_of(request), may_truncate=body.truncate)
+        router, routed = await replica.classify_auto(
+            items, opens_of(request), may_truncate=body.truncate, abstain_below=body.abstain_below
+        )
         tasks = sorted({found.version.task for found in routed})
         request.state.audit |= {"task": f"{ROUTER}:{','.join(tasks)}", "version": router.version, "digest": router.digest}
         results = [_auto_result(found, body.abstain_below) for found in routed]
@@ -158,6 +165,17 @@ def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cp
     actor = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
     deployment: Any = EngineReplica
     return deployment.options(**options, ray_actor_options=actor).bind(config)
+
+
+def _closing(replica: Replica) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Close the replica, which writes its last counts, when the application ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await replica.close()
+
+    return lifespan
 
 
 def _result(answer: Answer, abstain_below: float | None) -> ClassifyResult:

@@ -109,7 +109,8 @@ class BaseServer:
         self._writing: deque[tuple[Writer, Sequence[TextStream]]] = deque()
         """Writers in turn, with the streams of their rows."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._is_awake = asyncio.Event()
+        self._is_awake, self._is_idle = asyncio.Event(), asyncio.Event()
+        self._is_idle.set()
         self._loop_task = asyncio.create_task(self._run())
 
     @property
@@ -122,6 +123,15 @@ class BaseServer:
         """Texts that are being written."""
         return sum(len(writer.alive) for writer, _ in self._writing)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits or is computed."""
+        return not self._is_idle.is_set()
+
+    async def wait_until_idle(self) -> None:
+        """Wait until everything that was asked is answered."""
+        await self._is_idle.wait()
+
     def submit(self, work: Work) -> asyncio.Future[Answer]:
         """Queue work; the future gets its answer, a label or a whole text."""
         limit = self.engine.bound(work.key).max_new_tokens
@@ -130,7 +140,7 @@ class BaseServer:
         loop = asyncio.get_running_loop()
         pending = Pending(work, loop.create_future(), loop.time())
         self._labels.add(work.key, self.engine.num_tokens(work), pending)
-        self._is_awake.set()
+        self._wake()
         return pending.future
 
     def write(self, work: TextWork) -> TextStream:
@@ -138,13 +148,17 @@ class BaseServer:
         stream = TextStream(work, self.engine.base)
         turn = self.engine.base.spec.model if work.key is None else work.key
         self._texts.add(turn, len(work.prompt.token_ids) + work.max_new_tokens, stream)
-        self._is_awake.set()
+        self._wake()
         return stream
 
     async def close(self) -> None:
         """Stop the loop and the thread."""
         self._loop_task.cancel()
         self._thread.shutdown(wait=True)
+
+    def _wake(self) -> None:
+        self._is_awake.set()
+        self._is_idle.clear()
 
     async def _run(self) -> None:
         while True:
@@ -163,6 +177,7 @@ class BaseServer:
                     self._writing.popleft()
                     if goes_on:
                         self._writing.append((writer, streams))
+            self._is_idle.set()
 
     async def _answer(self, batch: Sequence[Pending]) -> None:
         works = [pending.work for pending in batch]

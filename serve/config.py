@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from multilora.spec import Part
+
+Role = Annotated[float, Field(gt=0, lt=1)] | Literal["shadow"]
+"""Share of a task's requests that its challenger answers; in shadow it answers all of them, and the caller none the wiser."""
 
 
 class ServeConfig(Part):
@@ -44,6 +48,10 @@ class ServeConfig(Part):
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None
     """One line per request: who asked what, without the text; omit to have it in the replica's log alone."""
+    challengers: dict[str, Role] = Field(default={})
+    """By task, what the version behind the alias `challenger` does; omit for champions alone."""
+    live_dir: Path | None = None
+    """Folder for the counts of what champions and challengers answered; omit to keep none."""
     metrics_dir: Path | None = None
     """Folder where the replicas of a machine count together; omit to have each count alone."""
     reports_dir: Path | None = None

@@ -34,7 +34,7 @@ def add_models_routes(app: FastAPI, replica: Replica) -> None:
         opens = opens_of(request)
         tasks = [task_info(version, replica.bound(version)) for version in replica.served() if opens(version.task)]
         bases = [base_info(name, server) for name, server in replica.writing_bases().items() if opens(name)]
-        broken = {key: reason for key, reason in replica.broken.items() if opens(task_of(key))}
+        broken = {key: reason for key, reason in replica.broken.items() if opens(key.partition("@")[0])}
         return ModelList(data=tasks + bases, broken=broken)
 
     @app.get("/v1/models/{model:path}", responses=RESPONSES)

@@ -57,11 +57,12 @@ async def ask(replica: Replica, question: Question) -> AsyncIterator[Chunk]:
     Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError.
     """
     async with replica.holding(question.model) as source:
+        if source.bound is not None and not source.bound.max_new_tokens and replica.has_challenger(question.model):
+            async for chunk in _challenged(replica, question, source.bound):
+                yield chunk
+            return
         replica.check_room(source.server, len(question.inputs))
-        if sum(map(_num_chars, question.inputs)) <= LONG_CHARS:
-            prompts = _prompts(source, question)
-        else:
-            prompts = await asyncio.to_thread(_prompts, source, question)
+        prompts = await _all_prompts(source, question)
         if source.bound is not None:
             check_lengths(prompts, source.bound)
         answers, readers = _begin(replica, source, question, prompts)
@@ -73,6 +74,16 @@ async def ask(replica: Replica, question: Question) -> AsyncIterator[Chunk]:
         finally:
             for answer in answers:
                 answer.cancel()
+
+
+async def _challenged(replica: Replica, question: Question, champion: BoundAdapter) -> AsyncIterator[Chunk]:
+    """Labels by the task's champion or its challenger, counted as those of /v1/classify are."""
+    items = [_item(champion, question.model, given) for given in question.inputs]
+    version, answers = await replica.classify(question.model, items)
+    async with replica.holding(version.key) as source:
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in await _all_prompts(source, question))
+        for index, answer in enumerate(answers):
+            yield Chunk(source, num_prompt_tokens, index, _label_piece(answer, question.num_alternatives))
 
 
 def _begin(
@@ -95,13 +106,22 @@ def _begin(
 
 
 async def _label(future: asyncio.Future[Answer], num_alternatives: int) -> AsyncIterator[Piece]:
+    yield _label_piece(await future, num_alternatives)
+
+
+def _label_piece(answer: Answer, num_alternatives: int) -> Piece:
     """A label as a text of one token, whose probability is the calibrated one."""
-    answer = await future
     scaled = [score / answer.temperature for score in answer.scores]
     total = max(scaled) + math.log(sum(math.exp(score - max(scaled)) for score in scaled))
     logprobs = {label: score - total for label, score in zip(answer.labels, scaled, strict=True)}
     ranked = sorted(logprobs.items(), key=lambda entry: -entry[1])
-    yield Piece(answer.label, (SpelledToken(answer.label, logprobs[answer.label], tuple(ranked[:num_alternatives])),), "stop")
+    return Piece(answer.label, (SpelledToken(answer.label, logprobs[answer.label], tuple(ranked[:num_alternatives])),), "stop")
+
+
+async def _all_prompts(source: Source, question: Question) -> list[Prompt]:
+    if sum(map(_num_chars, question.inputs)) <= LONG_CHARS:
+        return _prompts(source, question)
+    return await asyncio.to_thread(_prompts, source, question)
 
 
 def _prompts(source: Source, question: Question) -> list[Prompt]:

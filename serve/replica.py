@@ -19,6 +19,7 @@ from multilora.registry import ROUTER, AdapterVersion, Registry
 from serve.adapter_store import AdapterStore
 from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
 from serve.base_server import BaseServer
+from serve.challenger import Challengers
 from serve.config import ServeConfig
 from serve.engine import Answer, BoundAdapter, Engine, Work
 from serve.metrics import OTHER, Metrics
@@ -64,6 +65,7 @@ class Replica:
         self.metrics = Metrics()
         self._store = AdapterStore(config, self._registry, self.metrics)
         self._auto = AutoRouter(config, self._registry)
+        self._challengers = Challengers(config, self._registry, self._store)
         self._champions: dict[str, AdapterVersion] = {}
         """Task -> version that answers new requests; a broken one only where the task has no good one."""
         self._pins: OrderedDict[str, AdapterVersion] = OrderedDict()
@@ -81,8 +83,8 @@ class Replica:
 
     @property
     def broken(self) -> Mapping[str, str]:
-        """`task@version` of champions that could not be bound, with the reason."""
-        return self._store.failures
+        """`task@version` of champions and challengers that could not be bound, with the reason."""
+        return {**self._store.failures, **self._challengers.missing}
 
     @property
     def deadline_s(self) -> float:
@@ -106,6 +108,10 @@ class Replica:
     def bound(self, version: AdapterVersion) -> tuple[BoundAdapter, bool] | None:
         """A version's adapter, and whether it sits in a device slot; None where it is not in host memory."""
         return self._store.bound(version.key)
+
+    def has_challenger(self, model: str) -> bool:
+        """Whether a task's challenger may be asked."""
+        return self._challengers.version(model) is not None
 
     def bases(self) -> dict[str, BaseServer]:
         """Bases that can be asked by their own name: what has no slash could be a task's, and is never taken for a base's."""
@@ -137,23 +143,29 @@ class Replica:
             raise CapacityError(f"{server.num_waiting} inputs are waiting; retry in a second")
 
     async def classify(
-        self, model: str, items: Sequence[Item], *, may_truncate: bool = False
+        self, model: str, items: Sequence[Item], *, may_truncate: bool = False, abstain_below: float | None = None
     ) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with one of the task's labels each, by one adapter version.
 
-        `model` is a task or `task@version`. Raises UnknownTaskError, RequestError, DataError, CapacityError, AdapterError,
-        DeadlineError, and TooLargeError for an item that does not fit unless it may be truncated.
+        `model` is a task or `task@version`; `abstain_below` is for the counts alone. Raises UnknownTaskError, RequestError,
+        DataError, CapacityError, AdapterError, DeadlineError, and TooLargeError for an item that does not fit unless it may
+        be truncated.
         """
-        return await self._answers(model, items, is_text=False, may_truncate=may_truncate)
+        return await self._answers(model, items, abstain_below, is_text=False, may_truncate=may_truncate)
 
     async def generate(
         self, model: str, items: Sequence[Item], *, may_truncate: bool = False
     ) -> tuple[AdapterVersion, list[Answer]]:
         """Answer all items of one request with a text each, by one adapter version. Raises as `classify` does."""
-        return await self._answers(model, items, is_text=True, may_truncate=may_truncate)
+        return await self._answers(model, items, None, is_text=True, may_truncate=may_truncate)
 
     async def classify_auto(
-        self, items: Sequence[Item], opens: Callable[[str], bool], *, may_truncate: bool = False
+        self,
+        items: Sequence[Item],
+        opens: Callable[[str], bool],
+        *,
+        may_truncate: bool = False,
+        abstain_below: float | None = None,
     ) -> tuple[AdapterVersion, list[RoutedAnswer]]:
         """Let the router choose a task that `opens` for each item, and the task answer; the version is the router's.
 
@@ -165,7 +177,10 @@ class Replica:
         for place, task in enumerate(routed_tasks(choices)):
             places.setdefault(task, []).append(place)
         answered = await asyncio.gather(
-            *(self.classify(task, [items[i] for i in some], may_truncate=may_truncate) for task, some in places.items())
+            *(
+                self.classify(task, [items[i] for i in some], may_truncate=may_truncate, abstain_below=abstain_below)
+                for task, some in places.items()
+            )
         )
         found: dict[int, RoutedAnswer] = {}
         for some, (version, answers) in zip(places.values(), answered, strict=True):
@@ -173,10 +188,11 @@ class Replica:
         return router, [found[place] for place in range(len(items))]
 
     async def follow(self) -> None:
-        """Follow the champion aliases for ever; a registry that is away changes nothing."""
+        """Follow the aliases for ever; a registry that is away changes nothing."""
         clock = asyncio.get_running_loop().time
         while True:
             started = clock()
+            await self._challengers.save()
             try:
                 await self.sync()
             except Exception as error:  # noqa: BLE001  what is bound goes on answering, whatever the registry's client raises
@@ -193,13 +209,15 @@ class Replica:
         await asyncio.gather(*(self._promote(version) for version in changed[:num_eager]))
         for task in set(self._champions) - set(champions):
             del self._champions[task]
-        self._store.forget_failures({version.key for version in champions.values()})
+        await self._challengers.follow()
+        self._store.forget_failures({version.key for version in champions.values()} | self._challengers.keys)
         await self._auto.refresh([server.engine for server in self._store.servers()])
         self._store.tell()
         self._has_synced.set()
 
     async def close(self) -> None:
         """Stop all engines."""
+        await self._challengers.close()
         await self._store.close()
 
     async def _promote(self, version: AdapterVersion) -> None:
@@ -212,10 +230,20 @@ class Replica:
         self._champions[version.task] = version
 
     async def _answers(
-        self, model: str, items: Sequence[Item], *, is_text: bool, may_truncate: bool
+        self, model: str, items: Sequence[Item], abstain_below: float | None, *, is_text: bool, may_truncate: bool
     ) -> tuple[AdapterVersion, list[Answer]]:
         self._check_number(len(items))
-        async with in_time(self.deadline_s), self.holding(model) as source:
+
+        async def ask(asked: str, some: Sequence[Item]) -> tuple[AdapterVersion, list[Answer]]:
+            return await self._answers_of(asked, some, is_text=is_text, may_truncate=may_truncate)
+
+        async with in_time(self.deadline_s):
+            return await self._challengers.answer(self._champions.get(model), model, items, ask, abstain_below)
+
+    async def _answers_of(
+        self, model: str, items: Sequence[Item], *, is_text: bool, may_truncate: bool
+    ) -> tuple[AdapterVersion, list[Answer]]:
+        async with self.holding(model) as source:
             bound, version, server = source.bound, source.version, source.server
             if bound is None or version is None:
                 raise WrongRouteError(f"{model} is a base, which has no task: ask POST /v1/completions")
@@ -239,9 +267,10 @@ class Replica:
         if model in self._champions:
             return self._champions[model]
         pin = pinned(model)
-        champion = self._champions.get(pin[0]) if pin else None
-        if champion and champion.key == model:
-            return champion
+        current = (self._champions.get(pin[0]), self._challengers.version(pin[0])) if pin else ()
+        for known in current:
+            if known and known.key == model:
+                return known
         version = self._pins.get(model)
         if version is None and pin:
             version = await asyncio.to_thread(self._registry.version, *pin)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from multilora.errors import UnknownTaskError
 
@@ -21,6 +23,16 @@ def task_of(model: str) -> str:
     """The task that a key must open for this model."""
     pin = pinned(model)
     return pin[0] if pin else model
+
+
+def is_in_share(task: str, items: Sequence[str | Mapping[str, str]], share: float) -> bool:
+    """Whether a request belongs to the share that a task's challenger answers.
+
+    Decided by a hash: the same inputs always go to the same version, and those of a smaller share are in every larger one.
+    """
+    texts = [[item] if isinstance(item, str) else [item[name] for name in sorted(item)] for item in items]
+    digest = hashlib.sha256(json.dumps([task, texts]).encode()).digest()
+    return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def unknown_task(model: str, tasks: Collection[str]) -> UnknownTaskError:

@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
-    "serve": "config schema error_table auth guard router slots batcher writer canaries engine pyfunc_model pyfunc_router "
-    "metrics base_server adapter_store auto replica models_api openai_schema openai_ask openai_api web_page app "
-    "vllm_backend",
+    "serve": "config schema error_table auth guard router live_counts slots batcher writer canaries engine pyfunc_model "
+    "pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api "
+    "web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
-    "ladder report_words report_text report_page report_sentence report_parts report_history report submissions turns "
+    "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
     "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
     "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
@@ -26,6 +26,7 @@ MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names
 FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
+    "orchestrator.live": ("serve.live_counts",),
     "orchestrator.cli_keys": ("serve.auth",),
     "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{
@@ -35,9 +36,10 @@ FROM_SERVE = {
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
     multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
-    serve.config serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config orchestrator.dataset
+    serve.config serve.live_counts serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config
+    orchestrator.dataset
     orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare
-    orchestrator.report_words orchestrator.report_text orchestrator.report_page orchestrator.report
+    orchestrator.report_words orchestrator.live orchestrator.report_text orchestrator.report_page orchestrator.report
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison
     orchestrator.judge orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress

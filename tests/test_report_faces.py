@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from dataclasses import replace
@@ -17,11 +18,13 @@ from orchestrator.comparison import Evidence
 from orchestrator.eval_report import EvalReport, Graded
 from orchestrator.history import Cell, CellState, PromotionEvent
 from orchestrator.judge import Outcome, Release, judge
+from orchestrator.live import live_rows
 from orchestrator.paired import mcnemar_midp
 from orchestrator.report import TaskOutcome, build_report
 from orchestrator.report_page import write_report
 from orchestrator.report_text import markdown
 from orchestrator.report_text import plain as escaped
+from serve.live_counts import LiveCounts, Pair, table_key
 
 
 def event(number: int, **values: tuple[CellState, float | None]) -> PromotionEvent:
@@ -289,3 +292,32 @@ def test_the_same_report_is_written_the_same(tmp_path: Path) -> None:
         write_report(build_report(outcomes, CREATED, FACTS, release, [event(1, t0=(CellState.MEASURED, 0.5))]), tmp_path / name)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+async def live_of(folder: Path, label: str) -> list[dict[str, Any]]:
+    """A challenger that agreed with its champion on 19 of 20 inputs."""
+    counts = LiveCounts(folder)
+    found = counts.of(Pair("mood", 3, 4, "shadow"))
+    for side in (found.champion, found.challenger):
+        side.num_requests = side.num_inputs = 20
+        side.labels.update({label: 20})
+    found.num_agreed, found.difference = 19, 1.0
+    found.table.update({table_key(label, label): 19, table_key(label, "b"): 1})
+    await counts.save(at_once=True)
+    return live_rows(folder)
+
+
+def test_live_answers_are_told_as_agreement(tmp_path: Path) -> None:
+    live = asyncio.run(live_of(tmp_path / "live", HOSTILE.removesuffix("\ud83d")))
+    report = build_report([same()], CREATED, FACTS, live=live)
+    assert report["live"] == live
+    sentence = "In shadow, mood@3 and challenger mood@4 agreed on 19 of 20 inputs (76.4-99.1 %)."
+    page = render(report, tmp_path)
+    text = " ".join(page.text.split())
+    assert "Live: champion against challenger" in text
+    assert sentence in text
+    assert "agreement, not accuracy" in text
+    assert "0.050 apart on average; 1 flip." in text
+    assert not {tag for tag, _ in page.tags} & {"script", "img"}
+    assert escaped(sentence) in markdown(report)
+    assert "Live:" not in render(build_report([same()], CREATED, FACTS), tmp_path).text

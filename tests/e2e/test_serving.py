@@ -17,7 +17,7 @@ from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of
 
 import serve.pyfunc_model as pyfunc_model
 from e2e.conftest import CommandLine, wait_for
-from multilora.registry import CHAMPION, AdapterVersion, Registry
+from multilora.registry import CHALLENGER, CHAMPION, AdapterVersion, Registry
 from orchestrator.config import OrchestratorConfig
 
 pytestmark = [pytest.mark.e2e]
@@ -158,3 +158,24 @@ def test_a_killed_replica_costs_no_answer_and_comes_back(endpoint: Endpoint) -> 
     asyncio.run(under_load())
     wait_for(lambda: len(endpoint.replicas()) == 2 and before[0].pid not in {p.pid for p in endpoint.replicas()}, 120)
     asyncio.run(asked(endpoint, 60, seed=20))
+
+
+def test_a_challenger_answers_its_share_and_no_count_is_lost(endpoint: Endpoint) -> None:
+    champion, challenger = (endpoint.versions["encoder", CARDS, number] for number in (1, 2))
+    endpoint.cli.run("stop")
+    endpoint.registry.set_alias(challenger, CHALLENGER)
+    endpoint.serve("--replicas", 2, "--challenger", "cards=50%", "--challenger", "mood=shadow")
+
+    async def digests() -> list[str]:
+        async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as client:
+            numbers = [number for number in range(len(TEXTS)) for _ in range(8)]
+            answers = await asyncio.gather(*(endpoint.ask(client, ("encoder", CARDS, 1), number) for number in numbers))
+        return [endpoint.check(answer, number) for answer, number in zip(answers, numbers, strict=True)]
+
+    seen = asyncio.run(digests())
+    assert set(seen) == {champion.digest, challenger.digest}
+    assert len({tuple(set(seen[first : first + 8])) for first in range(0, len(seen), 8)}) == 2  # a text, one version
+    endpoint.cli.run("stop")
+    (row,) = endpoint.cli.json("live")
+    for side, version in ((row["champion"], champion), (row["challenger"], challenger)):
+        assert (side["system"], side["num_requests"]) == (version.key, seen.count(version.digest))
