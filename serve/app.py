@@ -31,6 +31,7 @@ from serve.schema import (
     GenerateResponse,
     GenerateResult,
     Item,
+    Readiness,
 )
 
 APP_NAME = "adapters"
@@ -86,7 +87,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         """Say that the process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
     async def readyz() -> JSONResponse:
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)

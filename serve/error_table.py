@@ -96,6 +96,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's word for bytes that it cannot read at all
+            body = error_body("the body is no JSON in UTF-8 of reasonable depth", "RequestError", "invalid_request")
+            return JSONResponse(body, status_code=422)
         message = f"{request.method} {request.url.path}: {error.detail}; the routes are listed at /docs"
         body = error_body(message, "RequestError", "no_such_route")
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
