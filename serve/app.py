@@ -39,7 +39,8 @@ APP_NAME = "adapters"
 
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
-    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.")
+    # A redirect to the path without its last slash would name the host that the caller says it asked.
+    app = FastAPI(title="Adapter orchestrator", description="Every task from one shared base model.", redirect_slashes=False)
     app.add_middleware(
         Guard, door=door, max_body_bytes=config.max_body_bytes, max_bytes_in_flight=config.max_bytes_in_flight, refusal=refusal
     )

@@ -27,6 +27,7 @@ from multilora.errors import (
     UnroutedError,
     WrongRouteError,
 )
+from serve.router import unknown_task
 from serve.schema import ErrorBody, ErrorDetail, Route
 
 TABLE: dict[type[MultiLoraError], tuple[int, str, str | None]] = {
@@ -45,6 +46,8 @@ TABLE: dict[type[MultiLoraError], tuple[int, str, str | None]] = {
     RegistryError: (503, "registry_unavailable", None),
 }
 """Status, code and wrong field; the first kind that an error is of counts."""
+MAX_MESSAGE_CHARS = 4000
+"""A message may quote what the caller sent, which may be megabytes."""
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in sorted({status for status, _, _ in TABLE.values()})
 }
@@ -68,6 +71,8 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     """The body of an error."""
     # A message may quote what the caller sent, also characters that UTF-8 cannot carry.
     shown = message.encode("utf-8", "backslashreplace").decode()
+    if len(shown) > MAX_MESSAGE_CHARS:
+        shown = f"{shown[: MAX_MESSAGE_CHARS - 4]} ..."
     return ErrorBody(error=ErrorDetail(message=shown, type=kind, param=param, code=code)).model_dump(
         exclude={"error": {"routes"}}
     )
@@ -91,6 +96,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MultiLoraError)
     async def known(request: Request, error: MultiLoraError) -> JSONResponse:
+        if isinstance(error, UnknownTaskError) and error.model and request.state.key:
+            # A key is told of the tasks that it opens, and of no others.
+            error = unknown_task(error.model, [task for task in error.tasks if request.state.key.opens(task)])
         status, body, headers = refusal(error)
         return JSONResponse(body, status_code=status, headers=headers)
 
@@ -111,6 +119,6 @@ def answer_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         details = error.errors()[:5]
         found = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details)
-        fields = [str(part) for part in details[0]["loc"][1:2]] if details else []
+        fields = [str(part)[:100] for part in details[0]["loc"][1:2]] if details else []
         body = error_body(found, "RequestError", "invalid_request", "".join(fields) or None)
         return JSONResponse(body, status_code=422)

@@ -44,7 +44,13 @@ from serve.replica import Replica, in_time
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-STREAMED: dict[int | str, dict[str, Any]] = {**RESPONSES, 200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT = {
+    "type": "object",
+    "description": "One event: its data is a chunk as JSON, at the end [DONE]; or an error as JSON, and nothing after it.",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {**RESPONSES, 200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 """For the OpenAPI document."""
 CLIENT_LEFT = 499
 """Status of what nobody reads, for the audit line."""

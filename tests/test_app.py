@@ -462,6 +462,8 @@ async def test_a_key_for_a_task_opens_its_versions_and_no_others(crown, serving,
         await replica.sync()
         for key, status in ((version.key, 200), (other.key, 403)):
             assert (await client.post("/v1/classify", json={"model": key, "input": TEXTS[0]})).status_code == status
+        unknown = await client.post("/v1/classify", json={"model": "cards@99", "input": TEXTS[0]})
+        assert error_of(unknown, 404)["message"] == "there is no task 'cards@99'; tasks are cards"
 
 
 async def test_more_adapters_than_host_memory_holds_come_and_go(crown, serving, expected):
