@@ -36,6 +36,13 @@ class Failure:
     retry_at: float
 
 
+def reason_for_callers(error: Exception) -> str:
+    """Why an adapter or a router cannot be bound: in its own words where it is to blame; others name this machine's paths."""
+    if isinstance(error, AdapterError):
+        return str(error)
+    return f"it could not be fetched or loaded ({type(error).__name__}); the endpoint's log says why"
+
+
 class AdapterStore:
     """Bound adapters of all bases. Belongs to one event loop."""
 
@@ -112,7 +119,7 @@ class AdapterStore:
             except Exception as error:
                 # Files that do not fit stay so; a download, a base or a full device may come right.
                 delay_s = math.inf if isinstance(error, AdapterError) else self._config.retry_s
-                reason = str(error) or type(error).__name__
+                reason = reason_for_callers(error)
                 self._failures[version.key] = Failure(reason, asyncio.get_running_loop().time() + delay_s)
                 logger.error("not bound version=%s error=%r", version.key, error)
                 raise AdapterError(f"task {version.task} cannot answer now: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,8 @@ from multilora.errors import (
 )
 from serve.router import unknown_task
 from serve.schema import ErrorBody, ErrorDetail, Route
+
+logger = logging.getLogger(__name__)
 
 TABLE: dict[type[MultiLoraError], tuple[int, str, str | None]] = {
     UnauthorizedError: (401, "invalid_api_key", None),
@@ -61,7 +64,12 @@ def refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]]
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
     if isinstance(error, RateLimitError):
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-    body = error_body(str(error), type(error).__name__, code, param)
+    message = str(error)
+    if isinstance(error, RegistryError):
+        # Its words name the registry's address, with its password where it has one.
+        logger.warning("registry failed error=%r", error)
+        message = "the registry does not answer now, which this request needs; come again, or ask for a task without a version"
+    body = error_body(message, type(error).__name__, code, param)
     if isinstance(error, UnroutedError):
         body["error"]["routes"] = [route_of(*found).model_dump() for found in error.routes]
     return status, body, headers

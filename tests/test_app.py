@@ -629,7 +629,9 @@ async def test_champion_that_could_not_be_fetched_is_tried_again_later(crown, se
     (tmp_path / "downloads").touch()  # a file where the folder should be
     async with serving(retry_s=retry_s) as (replica, client):
         await replica.sync()
-        assert "downloads" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+        error = error_of(await ask(client, CARDS, TEXTS[:1]), 503)
+        assert "it could not be fetched or loaded (RegistryError); the endpoint's log says why" in error["message"]
+        assert str(tmp_path) not in error["message"] + (await client.get("/v1/models")).text
         (tmp_path / "downloads").unlink()
         await replica.sync()
         response = await ask(client, CARDS, TEXTS)
@@ -714,6 +716,15 @@ async def test_follower_outlives_a_registry_that_is_away(serving, monkeypatch, c
         assert (await client.get("/readyz")).status_code == 503
         following.cancel()
         await asyncio.wait([following])
+
+
+async def test_a_registry_that_is_away_is_503_without_its_address(serving, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    async with serving(tracking_uri="http://user:secret@127.0.0.1:9") as (_, client):
+        error = error_of(await client.post("/v1/classify", json={"model": "cards@1", "input": "a"}), 503)
+        assert error["code"] == "registry_unavailable"
+        assert "secret" not in error["message"]
+        assert "127.0.0.1" not in error["message"]
 
 
 async def test_a_key_opens_its_tasks_alone_and_nothing_opens_without_one(serving, crown, tmp_path):

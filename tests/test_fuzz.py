@@ -286,11 +286,12 @@ PATHS = [
 ]  # fmt: skip
 METHODS = ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "PATCH", "CONNECT", "POST", "PROPFIND", "get", "X"]
 HEADERS = [
-    ("Host", "other.example"), ("X-Forwarded-Prefix", "/healthz"), ("X-Original-URL", "/v1/models"), ("X-Rewrite-URL", "/healthz"),
-    ("X-HTTP-Method-Override", "GET"), ("Origin", "https://other.example"), ("Access-Control-Request-Method", "POST"),
-    ("Authorization", "Bearer"), ("Authorization", "Basic YTpi"), ("Cookie", "key=ak-1-2"), ("Expect", "100-continue"),
+    ("Host", "other.example"), ("X-Forwarded-Prefix", "/healthz"), ("X-Original-URL", "/v1/models"),
+    ("X-Rewrite-URL", "/healthz"), ("X-HTTP-Method-Override", "GET"), ("Origin", "https://other.example"),
+    ("Access-Control-Request-Method", "POST"), ("Authorization", "Bearer"), ("Authorization", "Basic YTpi"), ("Cookie", "key=ak-1-2"), ("Expect", "100-continue"),
     ("Content-Encoding", "gzip"), ("Accept", "text/html"), ("Range", "bytes=0-1"), ("Upgrade", "websocket"),
-    ("Content-Length", "9" * 5000), ("If-None-Match", "*"), ("X" * 1000, "y"), ("X-Long", "y" * 20_000), ("X-Latin", "\u00e4\u00ff"),
+    ("Content-Length", "9" * 5000), ("If-None-Match", "*"), ("X" * 1000, "y"), ("X-Long", "y" * 20_000),
+    ("X-Latin", "\u00e4\u00ff"),
 ]  # fmt: skip
 JSON = ("Content-Type", "application/json")
 
