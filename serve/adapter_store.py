@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import filelock
+
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
@@ -135,6 +137,26 @@ class AdapterStore:
             load.exception()  # seen, also where every caller left
 
     async def _fetch_and_bind(self, version: AdapterVersion) -> BaseServer:
+        try:
+            return await self._bind_copy(version)
+        except (AdapterError, OSError) as error:
+            # This machine's copy may be damaged or gone where the registry's is well.
+            logger.warning("copy looked at again version=%s error=%r", version.key, error)
+            await asyncio.to_thread(self._repair, version)
+            return await self._bind_copy(version)
+
+    def _repair(self, version: AdapterVersion) -> None:
+        """Fetch a version again where its copy on disk is not what was registered. Replicas share the copies: one at a time."""
+        folder = self._config.downloads_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".repair.lock"):
+            try:
+                read_artifact(self._registry.download(version, folder), version.digest)
+            except (AdapterError, OSError):
+                self._registry.discard_download(version, folder)
+                self._registry.download(version, folder)
+
+    async def _bind_copy(self, version: AdapterVersion) -> BaseServer:
         folder = await asyncio.to_thread(self._registry.download, version, self._config.downloads_dir)
         artifact = await asyncio.to_thread(read_artifact, folder, version.digest)
         if artifact.card.task != version.task:

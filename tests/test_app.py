@@ -600,13 +600,37 @@ async def test_good_version_goes_on_answering_when_a_broken_one_is_crowned(broke
         assert (await client.get("/v1/models")).json()["broken"] == {}
 
 
-async def test_files_that_changed_after_registration_are_refused(crown, serving, registry, tmp_path):
-    version = crown(CARDS_1)
-    folder = registry.download(version, tmp_path / "downloads")
-    (folder / CARD).write_text((folder / CARD).read_text() + " ")
+async def test_files_that_changed_after_registration_are_refused(crown, serving, registry, tiny_adapter, tmp_path):
+    crown(CARDS_1)
+    folder = shutil.copytree(tiny_adapter(*MOOD_1).folder, tmp_path / "changed" / "adapter")
+    run = registry.start_run("mood", "changed", {}, {})
+    version = registry.register(run, folder, "0" * 64, CODE, "", {})
+    registry.set_alias(version, CHAMPION)
     async with serving() as (replica, client):
         await replica.sync()
-        assert "files changed" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+        registry.drop_alias("mood", CHAMPION)
+        assert "files changed" in error_of(await ask(client, MOOD, TEXTS[:1]), 503)["message"]
+        assert (await ask(client, CARDS, TEXTS[:1])).status_code == 200
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "half", "empty", "gone"])
+async def test_a_copy_that_is_damaged_on_this_machine_is_fetched_again(crown, serving, registry, expected, tmp_path, damage):
+    version = crown(CARDS_1)
+    folder = registry.download(version, tmp_path / "downloads")
+    if damage == "changed":
+        (folder / CARD).write_text((folder / CARD).read_text() + " ")
+    elif damage == "cut":
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+    elif damage == "half":
+        (folder / WEIGHTS).unlink()
+    else:
+        shutil.rmtree(folder)
+        if damage == "gone":
+            shutil.rmtree(tmp_path / "downloads")
+    async with serving() as (replica, client):
+        await replica.sync()
+        assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_1, TEXTS))
+        assert not replica.broken
 
 
 async def test_adapter_registered_under_another_task_is_refused(registry, tiny_adapter, serving, crown, expected):
