@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from multilora.errors import AdapterError, OutdatedAdapterError
@@ -198,7 +198,7 @@ def read_router(folder: Path, digest: str | None = None) -> TaskRouter:
                 "train it again with `orchestrator router train`"
             )
         card = RouterCard.model_validate_json(text)
-        state = load_file(folder / WEIGHTS)
+        state = load((folder / WEIGHTS).read_bytes())  # not mapped: the file may change later
     except (ValidationError, UnicodeDecodeError, SafetensorError, OSError) as error:
         raise AdapterError(f"router folder {folder.name} is broken: {error}") from error
     if set(state) != {"weights", "bias"}:
