@@ -6,6 +6,7 @@ import asyncio
 import math
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,6 +110,18 @@ class Endpoint:
         running = background.find(self.serve_file)
         family = psutil.Process(running.pid).children(recursive=True) if running else []
         return [process for process in family if "ServeReplica:adapters" in command_of(process)]
+
+    def addresses(self) -> list[str]:
+        """Of the replicas that are ready, to ask each by itself."""
+        found = []
+        for process in self.replicas():
+            with suppress(psutil.Error, httpx.HTTPError, ValueError):
+                ports = [c.laddr.port for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                (port,) = [port for port in ports if 30_000 <= port <= 31_000]  # Ray Serve's for its replicas
+                address = f"http://127.0.0.1:{port}"
+                if httpx.get(f"{address}/readyz", timeout=10).status_code == 200:
+                    found.append(address)
+        return found
 
 
 def command_of(process: psutil.Process) -> str:
