@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from multilora.base_files import Family
@@ -184,7 +184,8 @@ def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:
     """Load the tensors of an adapter. Raises AdapterError where file, config and card disagree."""
     task = artifact.card.task
     try:
-        state = load_file(artifact.folder / WEIGHTS)
+        # `load_file` maps the file: who writes to it later would change the adapter, and who cuts it would end this process.
+        state = load((artifact.folder / WEIGHTS).read_bytes())
         config = json.loads((artifact.folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no mapping")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -76,6 +76,11 @@ class RequestError(MultiLoraError):
 
 class UnknownTaskError(RequestError):
     """The request names a task that is not served."""
+
+    model = ""
+    """What the request names; empty where the message says all there is."""
+    tasks: Collection[str] = ()
+    """What is served instead."""
 
 
 class WrongRouteError(RequestError):

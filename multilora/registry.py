@@ -265,11 +265,17 @@ class Registry:
     @patiently
     def download(self, version: AdapterVersion, folder: Path) -> Path:
         """Fetch a version's adapter folder into `folder`/task, once; several threads and processes may share `folder`."""
-        # The digest is part of the name because another registry gives the same version numbers to other adapters.
-        target = folder / version.task / f"{version.version}-{version.digest[:12]}"
+        target = _download_folder(version, folder)
         if not target.is_dir():
             self._download_whole(version, target)
         return target / "artifacts" / ADAPTER_PATH
+
+    def discard_download(self, version: AdapterVersion, folder: Path) -> None:
+        """Throw away what `download` fetched, so that it fetches it again."""
+        target = _download_folder(version, folder)
+        if target.exists():
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as parent:
+                target.replace(Path(parent) / "discarded")  # at once, so that nobody takes half of it for a download
 
     def _download_whole(self, version: AdapterVersion, target: Path) -> None:
         """Fetch a version into `target`, which appears whole or not at all."""
@@ -307,6 +313,11 @@ class Registry:
             )
             for run in runs
         ]
+
+
+def _download_folder(version: AdapterVersion, folder: Path) -> Path:
+    # The digest is part of the name because another registry gives the same version numbers to other adapters.
+    return folder / version.task / f"{version.version}-{version.digest[:12]}"
 
 
 def _version(version: ModelVersion) -> AdapterVersion:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from multilora.errors import AdapterError, OutdatedAdapterError
@@ -184,7 +184,7 @@ def read_router(folder: Path, digest: str | None = None) -> TaskRouter:
     """Read a router folder. Raises AdapterError for a missing or broken part or another digest."""
     missing = [name for name in (CARD, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise AdapterError(f"router folder {folder} lacks {', '.join(missing)}")
+        raise AdapterError(f"router folder {folder.name} lacks {', '.join(missing)}")
     seen = _digest(folder)
     if digest is not None and seen != digest:
         raise AdapterError(f"the router has digest {seen[:12]}, its registry entry says {digest[:12]}: files changed")
@@ -198,11 +198,11 @@ def read_router(folder: Path, digest: str | None = None) -> TaskRouter:
                 "train it again with `orchestrator router train`"
             )
         card = RouterCard.model_validate_json(text)
-        state = load_file(folder / WEIGHTS)
+        state = load((folder / WEIGHTS).read_bytes())  # not mapped: the file may change later
     except (ValidationError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise AdapterError(f"router folder {folder} is broken: {error}") from error
+        raise AdapterError(f"router folder {folder.name} is broken: {error}") from error
     if set(state) != {"weights", "bias"}:
-        raise AdapterError(f"router folder {folder} must hold the tensors weights and bias, it holds {', '.join(sorted(state))}")
+        raise AdapterError(f"router {folder.name} must hold the tensors weights and bias, it holds {', '.join(sorted(state))}")
     weights_KH, bias_K = state["weights"], state["bias"]
     num_tasks = len(card.tasks)
     if weights_KH.dim() != 2 or len(weights_KH) != num_tasks or bias_K.shape != (num_tasks,):

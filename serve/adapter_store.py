@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import filelock
+
 from multilora.artifact import read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
@@ -35,6 +37,13 @@ class Failure:
 
     reason: str
     retry_at: float
+
+
+def reason_for_callers(error: Exception) -> str:
+    """Why an adapter or a router cannot be bound: in its own words where it is to blame; others name this machine's paths."""
+    if isinstance(error, AdapterError):
+        return str(error)
+    return f"it could not be fetched or loaded ({type(error).__name__}); the endpoint's log says why"
 
 
 class AdapterStore:
@@ -128,7 +137,7 @@ class AdapterStore:
                 loads.labels(version.task, "failed").inc()
                 # Files that do not fit stay so; a download, a base or a full device may come right.
                 delay_s = math.inf if isinstance(error, AdapterError) else self._config.retry_s
-                reason = str(error) or type(error).__name__
+                reason = reason_for_callers(error)
                 self._failures[version.key] = Failure(reason, asyncio.get_running_loop().time() + delay_s)
                 logger.error("not bound version=%s error=%r", version.key, error)
                 raise AdapterError(f"task {version.task} cannot answer now: {reason}") from error
@@ -145,6 +154,26 @@ class AdapterStore:
             load.exception()  # seen, also where every caller left
 
     async def _fetch_and_bind(self, version: AdapterVersion) -> BaseServer:
+        try:
+            return await self._bind_copy(version)
+        except (AdapterError, OSError) as error:
+            # This machine's copy may be damaged or gone where the registry's is well.
+            logger.warning("copy looked at again version=%s error=%r", version.key, error)
+            await asyncio.to_thread(self._repair, version)
+            return await self._bind_copy(version)
+
+    def _repair(self, version: AdapterVersion) -> None:
+        """Fetch a version again where its copy on disk is not what was registered. Replicas share the copies: one at a time."""
+        folder = self._config.downloads_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".repair.lock"):
+            try:
+                read_artifact(self._registry.download(version, folder), version.digest)
+            except (AdapterError, OSError):
+                self._registry.discard_download(version, folder)
+                self._registry.download(version, folder)
+
+    async def _bind_copy(self, version: AdapterVersion) -> BaseServer:
         folder = await asyncio.to_thread(self._registry.download, version, self._config.downloads_dir)
         artifact = await asyncio.to_thread(read_artifact, folder, version.digest)
         if artifact.card.task != version.task:

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from ray import serve as ray_serve
 
@@ -35,6 +35,7 @@ from serve.schema import (
     GenerateResponse,
     GenerateResult,
     Item,
+    Readiness,
 )
 from serve.web_page import add_page
 
@@ -44,7 +45,8 @@ APP_NAME = "adapters"
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
     """Make the HTTP application of one replica."""
     title, description = "Adapter orchestrator", "Every task from one shared base model."
-    app = FastAPI(title=title, description=description, lifespan=_closing(replica))
+    # A redirect to the path without its last slash would name the host that the caller says it asked.
+    app = FastAPI(title=title, description=description, lifespan=_closing(replica), redirect_slashes=False)
 
     def observe(scope: Scope, status: int, seconds: float) -> None:
         known, route = scope["state"]["audit"], getattr(scope.get("route"), "path", OTHER)
@@ -106,7 +108,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
         return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=RESPONSES)
+    @app.get("/metrics", responses={**RESPONSES, 200: {"content": {"text/plain": {}}}})
     async def metrics(request: Request) -> Response:
         """Say how much of everything there was, for Prometheus; all tasks are in it, so it wants a key that opens all."""
         if request.state.key is not None:
@@ -118,7 +120,7 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         """Say that the process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
     async def readyz() -> JSONResponse:
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import math
 import os
 import secrets
@@ -21,6 +22,8 @@ import filelock
 from pydantic import TypeAdapter
 
 from multilora.errors import ForbiddenError, RateLimitError, RequestError, UnauthorizedError
+
+logger = logging.getLogger(__name__)
 
 ALL_TASKS = "*"
 PREFIX = "ak"
@@ -130,7 +133,11 @@ class Doorkeeper:
             self._stamp, self._keys = None, {}  # fail closed: without its file nobody has a key
             return
         if (stamp := (status.st_mtime_ns, status.st_ino)) != self._stamp:
-            self._keys = {key.id: key for key in read_keys(file)}
+            try:
+                self._keys = {key.id: key for key in read_keys(file)}
+            except RequestError as error:  # its words quote the file, which is no caller's business
+                logger.error("nobody has a key: %s", error)
+                self._keys = {}
             self._stamp = stamp
 
 

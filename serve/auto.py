@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multilora.errors import AdapterError, CapacityError, UnknownTaskError, UnroutedError
 from multilora.registry import CHAMPION, ROUTER, AdapterVersion, Registry
 from multilora.task_router import TaskRouter, read_router, routed_to, text_of
+from serve.adapter_store import reason_for_callers
 from serve.config import ServeConfig
 from serve.engine import Answer, Engine
 
@@ -80,7 +81,7 @@ class AutoRouter:
                 self._bound = await asyncio.to_thread(self._bind, version, engines)
             except Exception as error:  # noqa: BLE001  a router that cannot be bound must not keep the tasks from being followed
                 self._retry_at = now + self._config.retry_s
-                self._broken = str(error) or type(error).__name__
+                self._broken = reason_for_callers(error)
                 logger.error("router not bound version=%s error=%r", version.key, error)
             else:
                 self._broken = ""

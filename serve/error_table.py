@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +28,10 @@ from multilora.errors import (
     UnroutedError,
     WrongRouteError,
 )
+from serve.router import unknown_task
 from serve.schema import ErrorBody, ErrorDetail, Route
+
+logger = logging.getLogger(__name__)
 
 TABLE: dict[type[MultiLoraError], tuple[int, str, str | None]] = {
     UnauthorizedError: (401, "invalid_api_key", None),
@@ -45,6 +49,8 @@ TABLE: dict[type[MultiLoraError], tuple[int, str, str | None]] = {
     RegistryError: (503, "registry_unavailable", None),
 }
 """Status, code and wrong field; the first kind that an error is of counts."""
+MAX_MESSAGE_CHARS = 4000
+"""A message may quote what the caller sent, which may be megabytes."""
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in sorted({status for status, _, _ in TABLE.values()})
 }
@@ -58,7 +64,12 @@ def refusal(error: MultiLoraError) -> tuple[int, dict[str, Any], dict[str, str]]
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
     if isinstance(error, RateLimitError):
         headers = {"Retry-After": str(math.ceil(error.retry_after_s))}
-    body = error_body(str(error), type(error).__name__, code, param)
+    message = str(error)
+    if isinstance(error, RegistryError):
+        # Its words name the registry's address, with its password where it has one.
+        logger.warning("registry failed error=%r", error)
+        message = "the registry does not answer now, which this request needs; come again, or ask for a task without a version"
+    body = error_body(message, type(error).__name__, code, param)
     if isinstance(error, UnroutedError):
         body["error"]["routes"] = [route_of(*found).model_dump() for found in error.routes]
     return status, body, headers
@@ -68,6 +79,8 @@ def error_body(message: str, kind: str, code: str, param: str | None = None) -> 
     """The body of an error."""
     # A message may quote what the caller sent, also characters that UTF-8 cannot carry.
     shown = message.encode("utf-8", "backslashreplace").decode()
+    if len(shown) > MAX_MESSAGE_CHARS:
+        shown = f"{shown[: MAX_MESSAGE_CHARS - 4]} ..."
     return ErrorBody(error=ErrorDetail(message=shown, type=kind, param=param, code=code)).model_dump(
         exclude={"error": {"routes"}}
     )
@@ -91,11 +104,17 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MultiLoraError)
     async def known(request: Request, error: MultiLoraError) -> JSONResponse:
+        if isinstance(error, UnknownTaskError) and error.model and request.state.key:
+            # A key is told of the tasks that it opens, and of no others.
+            error = unknown_task(error.model, [task for task in error.tasks if request.state.key.opens(task)])
         status, body, headers = refusal(error)
         return JSONResponse(body, status_code=status, headers=headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # FastAPI's word for bytes that it cannot read at all
+            body = error_body("the body is no JSON in UTF-8 of reasonable depth", "RequestError", "invalid_request")
+            return JSONResponse(body, status_code=422)
         message = f"{request.method} {request.url.path}: {error.detail}; the routes are listed at /docs"
         body = error_body(message, "RequestError", "no_such_route")
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
@@ -108,6 +127,6 @@ def answer_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         details = error.errors()[:5]
         found = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in details)
-        fields = [str(part) for part in details[0]["loc"][1:2]] if details else []
+        fields = [str(part)[:100] for part in details[0]["loc"][1:2]] if details else []
         body = error_body(found, "RequestError", "invalid_request", "".join(fields) or None)
         return JSONResponse(body, status_code=422)

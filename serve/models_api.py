@@ -28,7 +28,7 @@ class Judgement(TypedDict):
 def add_models_routes(app: FastAPI, replica: Replica) -> None:
     """Add the routes to a replica's application."""
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=RESPONSES)
     async def models(request: Request) -> ModelList:
         """List tasks and bases that answer, and champions that could not be bound; of these, what the key opens."""
         opens = opens_of(request)

@@ -44,6 +44,14 @@ from serve.replica import Replica, in_time
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+EVENT = {
+    "type": "object",
+    "description": "One event: its data is a chunk as JSON, at the end [DONE]; or an error as JSON, and nothing after it.",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAMED: dict[int | str, dict[str, Any]] = {**RESPONSES, 200: {"content": {"text/event-stream": {"schema": EVENT}}}}
+"""For the OpenAPI document."""
 CLIENT_LEFT = 499
 """Status of what nobody reads, for the audit line."""
 Admit = Callable[[Request, str, int], None]
@@ -53,7 +61,7 @@ Admit = Callable[[Request, str, int], None]
 def add_openai_routes(app: FastAPI, replica: Replica, admit: Admit) -> None:
     """Add the routes to a replica's application."""
 
-    @app.post("/v1/completions", response_model=Completion, responses=RESPONSES)
+    @app.post("/v1/completions", response_model=Completion, responses=STREAMED)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Answer a prompt, or each of several, with a label of the task or a text."""
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
@@ -62,7 +70,7 @@ def add_openai_routes(app: FastAPI, replica: Replica, admit: Admit) -> None:
         face = _CompletionFace(has_logprobs=body.logprobs is not None)
         return await _respond(request, body, ask(replica, question), face, replica.deadline_s)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=RESPONSES)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a user's message with a label of the task or a text."""
         admit(request, body.model, 1)

@@ -39,4 +39,6 @@ def unknown_task(model: str, tasks: Collection[str]) -> UnknownTaskError:
     """The error that lists the tasks that there are."""
     shown = sorted(tasks)[:NUM_SHOWN]
     more = f" and {len(tasks) - len(shown)} more: GET /v1/models" if len(tasks) > len(shown) else ""
-    return UnknownTaskError(f"there is no task {model!r}; tasks are {', '.join(shown) or 'none yet'}{more}")
+    error = UnknownTaskError(f"there is no task {model!r}; tasks are {', '.join(shown) or 'none yet'}{more}")
+    error.model, error.tasks = model, tasks
+    return error

@@ -165,6 +165,13 @@ class ModelList(Body):
     """`task@version` -> why it does not answer."""
 
 
+class Readiness(Body):
+    """Whether requests should come to this replica."""
+
+    is_ready: bool
+    """Whether the champions are bound, canaries included."""
+
+
 class ErrorDetail(Body):
     """What went wrong."""
 

@@ -462,6 +462,8 @@ async def test_a_key_for_a_task_opens_its_versions_and_no_others(crown, serving,
         await replica.sync()
         for key, status in ((version.key, 200), (other.key, 403)):
             assert (await client.post("/v1/classify", json={"model": key, "input": TEXTS[0]})).status_code == status
+        unknown = await client.post("/v1/classify", json={"model": "cards@99", "input": TEXTS[0]})
+        assert error_of(unknown, 404)["message"] == "there is no task 'cards@99'; tasks are cards"
 
 
 async def test_more_adapters_than_host_memory_holds_come_and_go(crown, serving, expected):
@@ -598,13 +600,37 @@ async def test_good_version_goes_on_answering_when_a_broken_one_is_crowned(broke
         assert (await client.get("/v1/models")).json()["broken"] == {}
 
 
-async def test_files_that_changed_after_registration_are_refused(crown, serving, registry, tmp_path):
-    version = crown(CARDS_1)
-    folder = registry.download(version, tmp_path / "downloads")
-    (folder / CARD).write_text((folder / CARD).read_text() + " ")
+async def test_files_that_changed_after_registration_are_refused(crown, serving, registry, tiny_adapter, tmp_path):
+    crown(CARDS_1)
+    folder = shutil.copytree(tiny_adapter(*MOOD_1).folder, tmp_path / "changed" / "adapter")
+    run = registry.start_run("mood", "changed", {}, {})
+    version = registry.register(run, folder, "0" * 64, CODE, "", {})
+    registry.set_alias(version, CHAMPION)
     async with serving() as (replica, client):
         await replica.sync()
-        assert "files changed" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+        registry.drop_alias("mood", CHAMPION)
+        assert "files changed" in error_of(await ask(client, MOOD, TEXTS[:1]), 503)["message"]
+        assert (await ask(client, CARDS, TEXTS[:1])).status_code == 200
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut", "half", "empty", "gone"])
+async def test_a_copy_that_is_damaged_on_this_machine_is_fetched_again(crown, serving, registry, expected, tmp_path, damage):
+    version = crown(CARDS_1)
+    folder = registry.download(version, tmp_path / "downloads")
+    if damage == "changed":
+        (folder / CARD).write_text((folder / CARD).read_text() + " ")
+    elif damage == "cut":
+        (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:100])
+    elif damage == "half":
+        (folder / WEIGHTS).unlink()
+    else:
+        shutil.rmtree(folder)
+        if damage == "gone":
+            shutil.rmtree(tmp_path / "downloads")
+    async with serving() as (replica, client):
+        await replica.sync()
+        assert_probabilities(await ask(client, CARDS, TEXTS), expected(CARDS_1, TEXTS))
+        assert not replica.broken
 
 
 async def test_adapter_registered_under_another_task_is_refused(registry, tiny_adapter, serving, crown, expected):
@@ -627,7 +653,9 @@ async def test_champion_that_could_not_be_fetched_is_tried_again_later(crown, se
     (tmp_path / "downloads").touch()  # a file where the folder should be
     async with serving(retry_s=retry_s) as (replica, client):
         await replica.sync()
-        assert "downloads" in error_of(await ask(client, CARDS, TEXTS[:1]), 503)["message"]
+        error = error_of(await ask(client, CARDS, TEXTS[:1]), 503)
+        assert "it could not be fetched or loaded (RegistryError); the endpoint's log says why" in error["message"]
+        assert str(tmp_path) not in error["message"] + (await client.get("/v1/models")).text
         (tmp_path / "downloads").unlink()
         await replica.sync()
         response = await ask(client, CARDS, TEXTS)
@@ -712,6 +740,15 @@ async def test_follower_outlives_a_registry_that_is_away(serving, monkeypatch, c
         assert (await client.get("/readyz")).status_code == 503
         following.cancel()
         await asyncio.wait([following])
+
+
+async def test_a_registry_that_is_away_is_503_without_its_address(serving, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    async with serving(tracking_uri="http://user:secret@127.0.0.1:9") as (_, client):
+        error = error_of(await client.post("/v1/classify", json={"model": "cards@1", "input": "a"}), 503)
+        assert error["code"] == "registry_unavailable"
+        assert "secret" not in error["message"]
+        assert "127.0.0.1" not in error["message"]
 
 
 async def test_a_key_opens_its_tasks_alone_and_nothing_opens_without_one(serving, crown, tmp_path):

@@ -330,6 +330,14 @@ def test_broken_tensors_are_refused_when_they_are_read(written, case):
         read_tensors(artifact)
 
 
+def test_tensors_that_were_read_outlive_their_file(written):
+    tensors = read_tensors(written)
+    before = {name: (a_RI.clone(), b_OR.clone()) for name, (a_RI, b_OR) in tensors.items()}
+    with (written.folder / WEIGHTS).open("r+b") as file:
+        file.write(b"\0" * (written.folder / WEIGHTS).stat().st_size)
+    assert all(torch.equal(x, y) for name, pair in before.items() for x, y in zip(tensors[name], pair, strict=True))
+
+
 def test_adapter_of_another_base_does_not_load_into_this_one(written, make):
     _, slots, _ = make("causal")
     with pytest.raises(AdapterError, match=f"adapter does not fit this base: module {MODULE} does not exist"):

@@ -368,6 +368,6 @@ def test_a_run_whose_creation_was_answered_too_late_is_not_created_twice(registr
 
     monkeypatch.setattr(registry, "_retrying", Registry(registry.tracking_uri, patience_s=60)._retrying)
     monkeypatch.setattr(registry._client, "create_run", lose)
-    run = registry.start_run("cards", "key", {"rank": 8}, {})
+    run = registry.start_run("answered-late", "key", {"rank": 8}, {})
     assert [call.info.run_id for call in calls] == [run.run_id]
-    assert len(registry.runs("cards")) == 1
+    assert len(registry.runs("answered-late")) == 1

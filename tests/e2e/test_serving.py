@@ -6,67 +6,21 @@ import asyncio
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from plain_peft import plain_peft, plain_probabilities
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of
+from tiny_adapters import CARDS, MAIL, MOOD, TEXTS
 
-import serve.pyfunc_model as pyfunc_model
 from e2e.conftest import CommandLine, wait_for
-from multilora.registry import CHALLENGER, CHAMPION, AdapterVersion, Registry
+from e2e.endpoint import Endpoint
+from multilora.registry import CHALLENGER, Registry
 from orchestrator.config import OrchestratorConfig
 
 pytestmark = [pytest.mark.e2e]
 LETTERS = replace(CARDS, name="letters")
 ADAPTERS = (("encoder", CARDS, 1), ("encoder", CARDS, 2), ("encoder", MOOD, 1), ("encoder", MAIL, 1), ("seq2seq", LETTERS, 1))
-TOLERANCE = 1e-3
-RETRY = (429, 502, 503, 504)
-
-
-class Endpoint:
-    """A workspace with registered adapters, and the endpoint that serves its champions."""
-
-    def __init__(self, cli: CommandLine, registry: Registry, versions: dict[tuple, AdapterVersion], expected: dict) -> None:
-        self.cli, self.registry, self.versions, self.expected = cli, registry, versions, expected
-        self.url = f"http://127.0.0.1:{8900 + random.randrange(90)}"
-
-    def crown(self, *adapters: tuple) -> None:
-        """Make adapters the champions of their tasks."""
-        for made_of in adapters:
-            self.registry.set_alias(self.versions[made_of], CHAMPION)
-
-    def serve(self, *options: object) -> None:
-        """Start the endpoint."""
-        self.cli.run("serve", "--port", self.url.rpartition(":")[2], *options)
-
-    async def ask(self, client: httpx.AsyncClient, made_of: tuple, number: int) -> httpx.Response:
-        """Ask one text, as the documentation tells clients to: what may pass is tried again."""
-        task = made_of[1]
-        for attempt in range(20):
-            try:
-                response = await client.post("/v1/classify", json={"model": task.name, "input": item_of(task, TEXTS[number])})
-                if response.status_code not in RETRY:
-                    return response
-            except httpx.TransportError:
-                pass
-            await asyncio.sleep(0.1 * attempt)
-        raise AssertionError("no answer after 20 attempts")
-
-    def check(self, response: httpx.Response, number: int) -> str:
-        """Hold an answer against the oracle of the version that it says it is from; returns its digest."""
-        assert response.status_code == 200, response.text
-        body = response.json()
-        seen = body["results"][0]["probabilities"]
-        assert list(seen.values()) == pytest.approx(self.expected[body["digest"]][number], abs=TOLERANCE)
-        return str(body["digest"])
-
-    def replicas(self) -> list[psutil.Process]:
-        """Processes of the replicas."""
-        return [p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:adapters" in " ".join(p.info["cmdline"] or ())]
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +31,9 @@ def endpoint(tmp_path_factory, tiny_adapter, fresh_base, base_folder) -> Iterato
     workspace.mkdir()
     registry = Registry(config.registry_uri, config.artifact_root)
     registry.initialise()
-    versions, expected = {}, {}
-    for made_of in ADAPTERS:
-        family, task, _ = made_of
-        artifact = tiny_adapter(*made_of)
-        run = registry.start_run(task.name, artifact.digest[:16], {}, {})
-        versions[made_of] = registry.register(run, artifact.folder, artifact.digest, Path(pyfunc_model.__file__), "", {})
-        base, model = fresh_base(family), plain_peft(base_folder(family), family, artifact)
-        expected[artifact.digest] = [plain_probabilities(base, model, task, text, task.temperature) for text in TEXTS]
-    made = Endpoint(cli, registry, versions, expected)
+    made = Endpoint(cli, registry, config.serve_file)
+    made.learn(ADAPTERS, tiny_adapter, fresh_base, base_folder)
+    made.versions = {made_of: made.register(made_of[1].name, tiny_adapter(*made_of)) for made_of in ADAPTERS}
     made.crown(*(made_of for made_of in ADAPTERS if made_of[2] == 1))
     made.serve("--replicas", 2, "--slots", 2, "--host-adapters", 3)
     yield made
@@ -95,9 +43,9 @@ def endpoint(tmp_path_factory, tiny_adapter, fresh_base, base_folder) -> Iterato
 async def asked(endpoint: Endpoint, num_requests: int, seed: int) -> set[str]:
     """Ask random texts of random tasks at once, check every answer, and return the digests that were seen."""
     rng = random.Random(seed)
-    picked = [(rng.choice([a for a in ADAPTERS if a[2] == 1]), rng.randrange(len(TEXTS))) for _ in range(num_requests)]
+    picked = [(rng.choice([a[1] for a in ADAPTERS if a[2] == 1]), rng.randrange(len(TEXTS))) for _ in range(num_requests)]
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as client:
-        responses = await asyncio.gather(*(endpoint.ask(client, made_of, number) for made_of, number in picked))
+        responses = await asyncio.gather(*(endpoint.ask(client, task, number) for task, number in picked))
     return {endpoint.check(response, number) for response, (_, number) in zip(responses, picked, strict=True)}
 
 
@@ -137,7 +85,7 @@ def test_promotion_and_roll_back_reach_all_replicas(endpoint: Endpoint) -> None:
 
     async def digests() -> set[str]:
         async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as client:
-            answers = await asyncio.gather(*(endpoint.ask(client, ("encoder", CARDS, 1), 0) for _ in range(32)))
+            answers = await asyncio.gather(*(endpoint.ask(client, CARDS, 0) for _ in range(32)))
         return {endpoint.check(answer, 0) for answer in answers}
 
     for made_of, version in ((("encoder", CARDS, 2), second), (("encoder", CARDS, 1), first)):
@@ -169,7 +117,7 @@ def test_a_challenger_answers_its_share_and_no_count_is_lost(endpoint: Endpoint)
     async def digests() -> list[str]:
         async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as client:
             numbers = [number for number in range(len(TEXTS)) for _ in range(8)]
-            answers = await asyncio.gather(*(endpoint.ask(client, ("encoder", CARDS, 1), number) for number in numbers))
+            answers = await asyncio.gather(*(endpoint.ask(client, CARDS, number) for number in numbers))
         return [endpoint.check(answer, number) for answer, number in zip(answers, numbers, strict=True)]
 
     seen = asyncio.run(digests())
