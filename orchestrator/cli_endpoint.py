@@ -40,6 +40,9 @@ def serve(
             help="Let the task's challenger answer this share of its requests, or all of them in shadow; may be given often.",
         ),
     ] = None,
+    by_task: Annotated[
+        bool, typer.Option("--by-task", help="Send a task's requests to the same replica (header x-adapter-task): many tasks.")
+    ] = False,
     foreground: Foreground = False,
     workspace: Workspace = None,
 ) -> None:
@@ -55,7 +58,7 @@ def serve(
         if foreground:
             from orchestrator.ingress import haproxy_in_front
 
-            with haproxy_in_front(config.ray_address):  # before Ray is imported
+            with haproxy_in_front(config.ray_address, is_by_task=by_task):  # before Ray is imported
                 from orchestrator.deploy import run_endpoint
 
                 settings = {"num_slots": slots, "num_host_adapters": host_adapters, "challengers": roles}
@@ -67,8 +70,14 @@ def serve(
 
         if roles and (running := background.find(config.serve_file)):
             raise CapacityError(f"an endpoint runs at {running.url}, with its own challengers; end it first: orchestrator stop")
-        options = {"replicas": replicas, "max-replicas": max_replicas, "slots": slots, "host-adapters": host_adapters,
-                   "challenger": challenger or []}  # fmt: skip
+        options: dict[str, object] = {
+            "replicas": replicas,
+            "max-replicas": max_replicas,
+            "slots": slots,
+            "host-adapters": host_adapters,
+            "challenger": challenger or [],
+        }
+        options |= {"by-task": ""} if by_task else {}
         url = start_endpoint(config, host, port, options)
         header = " -H 'Authorization: Bearer ak-...'" if read_keys(config.keys_file) else ""
     print(f"serving at {url}  (try: curl{header} {url}/v1/models ; log: {config.serve_file.with_suffix('.log')})")

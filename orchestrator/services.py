@@ -12,6 +12,7 @@ import httpx
 from multilora.errors import CapacityError, RequestError, SpecError, UnknownTaskError
 from orchestrator import background
 from orchestrator.config import OrchestratorConfig
+from orchestrator.ingress import TASK_HEADER
 from serve.auth import read_keys
 
 KEY_VARIABLE = "ORCHESTRATOR_API_KEY"
@@ -22,14 +23,15 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def start_endpoint(config: OrchestratorConfig, host: str, port: int, options: Mapping[str, object]) -> str:
     """Start the endpoint and return its URL once every champion is bound. Raises CapacityError, SpecError.
 
-    `options` are those of the command `serve`, by their names; one that is a list is given so often.
+    `options` are those of the command `serve`, by their names; None leaves one out, "" is a flag, a list repeats it.
     """
     url = f"http://{host}:{port}"
     check_host(host, bool(read_keys(config.keys_file)))
     argv = [sys.executable, "-m", "orchestrator", "serve", "--foreground", "--workspace", str(config.workspace),
             "--host", host, "--port", str(port)]  # fmt: skip
     given = [(name, one) for name, value in options.items() for one in (value if isinstance(value, list) else [value])]
-    argv += [word for name, value in given if value is not None for word in (f"--{name}", str(value))]
+    for name, value in given:
+        argv += [] if value is None else [f"--{name}", str(value)] if value != "" else [f"--{name}"]
     return background.start(config.serve_file, argv, url, "/readyz").url
 
 
@@ -71,7 +73,7 @@ def query(
         raise CapacityError(f"no endpoint runs for {config.workspace}; start it with: orchestrator serve")
     question = {"model": task, "input": item, "truncate": truncate}
     try:
-        with httpx.Client(base_url=address, headers=_key_header(), timeout=60.0) as client:
+        with httpx.Client(base_url=address, headers={**_key_header(), TASK_HEADER: task}, timeout=60.0) as client:
             response = client.post("/v1/classify", json=question)
             if response.status_code == 422 and response.json()["error"]["code"] == "wrong_route":
                 response = client.post("/v1/generate", json=question)

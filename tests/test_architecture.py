@@ -18,7 +18,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "state paired eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
-    "session entry cluster background launch jobs services status ingress deploy work mailbox controller curves training "
+    "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
     "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
     "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
 }
