@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from multilora.errors import ForbiddenError
 from serve.auth import ALL_TASKS
 from serve.config import ServeConfig
+from serve.error_table import RESPONSES
 from serve.schema import Body
 
 WEB = Path(__file__).parent / "web"
@@ -46,7 +47,7 @@ def add_page(app: FastAPI, config: ServeConfig) -> None:
     for path, (name, media_type) in PAGE_FILES.items():
         _add_file(app, path, (WEB / name).read_bytes(), media_type)
 
-    @app.get("/v1/links")
+    @app.get("/v1/links", responses=RESPONSES)
     def links(request: Request) -> Links:
         """Say where the newest regression report and MLflow are."""
         has_report = _opens_report(request) and newest_report(config.reports_dir) is not None
