@@ -103,7 +103,8 @@ class Replica:
 
     def served(self) -> list[AdapterVersion]:
         """The version of every task that answers."""
-        return [version for _, version in sorted(self._champions.items()) if version.key not in self.broken]
+        broken = self.broken
+        return [version for _, version in sorted(self._champions.items()) if version.key not in broken]
 
     def bound(self, version: AdapterVersion) -> tuple[BoundAdapter, bool] | None:
         """A version's adapter, and whether it sits in a device slot; None where it is not in host memory."""
