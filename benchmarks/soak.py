@@ -199,8 +199,9 @@ def endpoint(folder: Path, model: str) -> Iterator[tuple[str, list[psutil.Proces
     registry = Registry(config.registry_uri, config.artifact_root)
     registry.initialise()
     base = load_base(BaseSpec(model=model if model == MINILM else str(build_bert(folder / "bert"))), "cpu")
+    slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), 1, max(task.rank for task in TASKS))
     for seed, task in enumerate(TASKS):
-        register(registry, base, task, seed, folder / task.name)
+        register(registry, base, slots, task, seed, folder / task.name)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "orchestrator"]
@@ -217,9 +218,8 @@ def endpoint(folder: Path, model: str) -> Iterator[tuple[str, list[psutil.Proces
         subprocess.run([*command, "stop"], env=environment, check=True)
 
 
-def register(registry: Registry, base: FrozenBase, task: TinyTask, seed: int, folder: Path) -> None:
+def register(registry: Registry, base: FrozenBase, slots: AdapterSlots, task: TinyTask, seed: int, folder: Path) -> None:
     """Make a random adapter the champion of its task."""
-    slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), 1, task.rank)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         name: (
