@@ -33,7 +33,7 @@ MadeOf = tuple[str, TinyTask, int]
 async def ask_patiently(
     client: httpx.AsyncClient, path: str, body: object, on_failure: Callable[[str, str], None] = lambda kind, text: None
 ) -> httpx.Response:
-    """Ask as README tells clients to; `on_failure` hears of every attempt that is tried again.
+    """Ask as docs/serving.md tells clients to; `on_failure` hears of every attempt that is tried again.
 
     Returns the last answer, whatever it is; raises where the last attempt had none.
     """

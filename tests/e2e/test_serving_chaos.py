@@ -1,6 +1,6 @@
 """An endpoint under load while everything around it changes or breaks: every answer is the oracle's.
 
-`make chaos` runs it: CHAOS_SERVING_S seconds (90), seed CHAOS_SERVING_SEED (0).
+`make chaos` runs it: CHAOS_SERVING_S seconds (90), and until everything was done once; seed CHAOS_SERVING_SEED (0).
 """
 
 from __future__ import annotations
