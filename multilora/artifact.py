@@ -185,7 +185,7 @@ def read_tensors(artifact: AdapterArtifact) -> dict[str, tuple[Tensor, Tensor]]:
     task = artifact.card.task
     try:
         # `load_file` maps the file: who writes to it later would change the adapter, and who cuts it would end this process.
-        state = load((artifact.folder / WEIGHTS).read_bytes())
+        state = dict(sorted(load((artifact.folder / WEIGHTS).read_bytes()).items()))
         config = json.loads((artifact.folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG} holds no mapping")

@@ -175,6 +175,7 @@ def test_champions_that_are_known_are_not_looked_up_again(registry, register, mo
     registry.set_alias(second, CHAMPION)
     assert registry.champions(known) == known | {"followed": second}
     assert asked == [("followed", second.version)]
+    registry.drop_alias("followed", CHAMPION)
 
 
 def test_version_by_its_number(registry, register):
