@@ -14,7 +14,7 @@ from orchestrator.batch_files import ROWS_PER_PART
 from orchestrator.config import OrchestratorConfig
 from serve.engine import Engine, Work
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 NUM_PARTS = 16
 NUM_ROWS = NUM_PARTS * ROWS_PER_PART - 7
 BAD = {3: "nonsense", 5000: "", 5001: '{"id": 5001}', NUM_ROWS - 1: '{"id": -1, "text": ""}'}
