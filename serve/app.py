@@ -19,7 +19,7 @@ from serve.auto import RoutedAnswer
 from serve.config import ServeConfig
 from serve.engine import Answer
 from serve.error_table import RESPONSES, answer_errors, refusal, route_of
-from serve.guard import Guard, Scope, audit
+from serve.guard import Guard, Observe, Scope, audit
 from serve.metrics import FOLDER_VARIABLE, OTHER
 from serve.models_api import add_models_routes, opens_of
 from serve.openai_api import add_openai_routes
@@ -48,6 +48,31 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
     # A redirect to the path without its last slash would name the host that the caller says it asked.
     app = FastAPI(title=title, description=description, lifespan=_closing(replica), redirect_slashes=False)
 
+    app.add_middleware(
+        Guard,
+        door=door,
+        max_body_bytes=config.max_body_bytes,
+        max_bytes_in_flight=config.max_bytes_in_flight,
+        refusal=refusal,
+        observe=_observer(replica),
+    )
+
+    def admit_inputs(request: Request, model: str, num_inputs: int, *, is_routed: bool = False) -> None:
+        request.state.audit |= {"task": model, "num_inputs": num_inputs}
+        if request.state.key is not None and not is_routed:
+            request.state.key.check_task(task_of(model))
+        door.count(request.state.key, num_inputs)
+
+    _add_task_routes(app, replica, admit_inputs)
+    add_models_routes(app, replica)
+    add_openai_routes(app, replica, admit_inputs)
+    add_page(app, config)
+    _add_operations_routes(app, replica)
+    answer_errors(app)
+    return app
+
+
+def _observer(replica: Replica) -> Observe:
     def observe(scope: Scope, status: int, seconds: float) -> None:
         known, route = scope["state"]["audit"], getattr(scope.get("route"), "path", OTHER)
         task = replica.task_label(str(known.get("task", "")))
@@ -56,26 +81,15 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         replica.metrics.inputs.labels(task).inc(known.get("num_inputs", 0))
         replica.metrics.abstentions.labels(task).inc(known.get("num_abstained", 0))
 
-    app.add_middleware(
-        Guard,
-        door=door,
-        max_body_bytes=config.max_body_bytes,
-        max_bytes_in_flight=config.max_bytes_in_flight,
-        refusal=refusal,
-        observe=observe,
-    )
+    return observe
 
+
+def _add_task_routes(app: FastAPI, replica: Replica, admit_inputs: Callable[..., None]) -> None:
     def admit(request: Request, body: ClassifyRequest | GenerateRequest, *, is_routed: bool = False) -> list[Item]:
         """The inputs of a request whose key opens the task and has not asked too often; not so a routed one's tasks."""
         items = body.input if isinstance(body.input, list) else [body.input]
         admit_inputs(request, body.model, len(items), is_routed=is_routed)
         return items
-
-    def admit_inputs(request: Request, model: str, num_inputs: int, *, is_routed: bool = False) -> None:
-        request.state.audit |= {"task": model, "num_inputs": num_inputs}
-        if request.state.key is not None and not is_routed:
-            request.state.key.check_task(task_of(model))
-        door.count(request.state.key, num_inputs)
 
     @app.post("/v1/classify", responses=RESPONSES)
     async def classify(request: Request, body: ClassifyRequest) -> ClassifyResponse | AutoResponse:
@@ -108,6 +122,8 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
         results = [GenerateResult(text=a.label, is_truncated=a.is_truncated, is_cut_off=a.is_cut_off) for a in answers]
         return GenerateResponse(model=body.model, version=version.version, digest=version.digest, results=results)
 
+
+def _add_operations_routes(app: FastAPI, replica: Replica) -> None:
     @app.get("/metrics", responses={**RESPONSES, 200: {"content": {"text/plain": {}}}})
     async def metrics(request: Request) -> Response:
         """Say how much of everything there was, for Prometheus; all tasks are in it, so it wants a key that opens all."""
@@ -124,12 +140,6 @@ def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAP
     async def readyz() -> JSONResponse:
         """Say whether the champions are bound, canaries included."""
         return JSONResponse({"is_ready": replica.is_ready}, status_code=200 if replica.is_ready else 503)
-
-    add_models_routes(app, replica)
-    add_openai_routes(app, replica, admit_inputs)
-    add_page(app, config)
-    answer_errors(app)
-    return app
 
 
 @ray_serve.deployment(name="engine", max_ongoing_requests=1000)
