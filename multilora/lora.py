@@ -213,7 +213,7 @@ class MultiLoraLinear(nn.Module):
         """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
         y_BTO: Tensor = self.base(x_BTI)
         slots, routing = self._slots, self._slots.routing
-        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device)
+        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device, x_BTI[0, ..., 0].numel())
         assert routing.num_rows in (0, x_BTI.shape[0]), f"segments cover {routing.num_rows} rows, the batch has {x_BTI.shape[0]}"
         if not runs:
             return y_BTO
@@ -228,7 +228,7 @@ class MultiLoraLinear(nn.Module):
 
     def halves(self, run: Run, like: Tensor) -> tuple[Tensor, Tensor]:
         """The A's [G, R, I] and B's [G, O, R] of a run's slots, at the largest of their ranks, in the dtype of `like`."""
-        a_GRI, b_GOR = self.a_SRI[run.index, : run.rank], self.b_SOR[run.index, :, : run.rank]
+        a_GRI, b_GOR = run.of(self.a_SRI[:, : run.rank]), run.of(self.b_SOR[:, :, : run.rank])
         return a_GRI.to(like.dtype), b_GOR.to(like.dtype)
 
     def add_gradients(self, run: Run, grad_a_GRI: Tensor, grad_b_GOR: Tensor) -> None:
