@@ -11,6 +11,7 @@ G segments of equal size, N rows x positions of one segment.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ AdapterTensors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A of shape [rank, I], B of shape [O, rank])."""
 
 
+class _Now(threading.local):
+    """What each thread's forward passes are routed by: several may run side by side."""
+
+    routing = Routing((), None)
+
+
 class AdapterSlots:
     """The adapters of one model: owns their weights, wraps the model's linear layers, and routes rows to slots."""
 
@@ -37,7 +44,7 @@ class AdapterSlots:
         """Wrap `module_names` of `model` in place. Weights are float32 when trainable, else in the base's dtype."""
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self.routing = Routing((), None)
+        self._now = _Now()
         self.ranks = [0] * num_slots
         self.scalings = [0.0] * num_slots
         self.dropouts = [0.0] * num_slots
@@ -58,6 +65,11 @@ class AdapterSlots:
             model.set_submodule(name, layer)
             self.layers[name] = layer
 
+    @property
+    def routing(self) -> Routing:
+        """The routing of this thread's forward passes."""
+        return self._now.routing
+
     def detach(self) -> None:
         """Give the model its own linear layers back; these slots are of no use afterwards."""
         for name, layer in self.layers.items():
@@ -70,11 +82,11 @@ class AdapterSlots:
         `dropout_keys`, one per row, turns the slots' dropout on; equal keys give equal masks.
         """
         before = self.routing
-        self.routing = Routing(segments, dropout_keys)
+        self._now.routing = Routing(segments, dropout_keys)
         try:
             yield
         finally:
-            self.routing = before
+            self._now.routing = before
 
     def fresh(self, slot: int, module_names: Sequence[str], rank: int, scaling: float, generator: torch.Generator) -> None:
         """Start a new adapter: A uniform in +-1/sqrt(I), B zero, so that its output equals the base exactly.
