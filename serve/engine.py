@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
 """What one forward pass costs beside its tokens, in tokens."""
 MIN_SHARE_TOKENS = 64
 """Less is not worth a forward pass of its own."""
+MAX_LABEL_SETS = 1024
 NO_LABELS = LabelSet((), None, ())
 """Of rows that are only read."""
 
@@ -119,6 +121,8 @@ class Engine:
         """How often an adapter was copied into a slot."""
         self._slots, self._table = self._new_slots(max_rank)
         self._bound: dict[str, BoundAdapter] = {}
+        # Versions of a task mostly have the same labels.
+        self._labels = lru_cache(MAX_LABEL_SETS)(lambda prompt_format: encode_labels(self.base, self._slots, prompt_format))
         self._lock = threading.Lock()
         self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         """Whose adapters are the last to be evicted."""
@@ -143,7 +147,7 @@ class Engine:
             )
         tensors = read_tensors(artifact)
         with self._lock, torch.no_grad():
-            labels = encode_labels(self.base, self._slots, card.prompt_format)
+            labels = self._labels(card.prompt_format)
             bound = BoundAdapter(key, artifact, card.prompt_format, labels, tensors)
             if card.rank > self._slots.max_rank:
                 self._slots.detach()
@@ -205,7 +209,7 @@ class Engine:
         """Let the base itself answer a task, as the baseline that an adapter must beat."""
         prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
         with self._lock, torch.inference_mode():
-            labels = encode_labels(self.base, self._slots, prompt_format)
+            labels = self._labels(prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
         return [_answer("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
 
