@@ -22,11 +22,10 @@ from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.lora import AdapterSlots
 from multilora.registry import CHAMPION, ROUTER, AdapterVersion, Registry
 from multilora.scoring import LabelSet, ScoringRow, encode_labels, score_labels
-from multilora.spec import BaseSpec
+from multilora.spec import BaseSpec, GateSpec
 from orchestrator.config import OrchestratorConfig
 from orchestrator.export_readme import LABEL_VECTORS, Kind, readme_of
 from orchestrator.files import whole_folder
-from orchestrator.release import gate_of
 from serve.canaries import canary_rows, check_scores
 from serve.vllm_backend import export_adapter, unfit
 
@@ -94,6 +93,8 @@ def write_merged(key: str, artifact: AdapterArtifact, folder: Path) -> None:
     for file in files.folder.iterdir():
         if any(fnmatch.fnmatch(file.name, pattern) for pattern in TOKENIZER_FILES):
             shutil.copyfile(file, folder / file.name)
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)  # they are written for their owner alone
     if labels is not None:
         assert labels.vectors_LH is not None
         np.save(folder / LABEL_VECTORS, labels.vectors_LH.numpy())
@@ -115,7 +116,7 @@ def _find(registry: Registry, task: str, number: int | None) -> AdapterVersion:
 
 def _judged(version: AdapterVersion) -> str:
     """What the gate said of a version; empty where it was never asked."""
-    metric = gate_of(version).metric
+    metric = GateSpec.model_validate_json(version.tags.get("gate", "{}")).metric
     if metric not in version.tags:
         return ""
     number = version.tags.get("num_gate_examples")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pprint
 import textwrap
 from string import Template
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
 Kind = Literal["adapter", "merged", "vllm"]
 LABEL_VECTORS = "label_vectors.npy"
 """Beside a merged encoder: a row per label, in the card's order."""
-WIDTH = 120
 AUTO_CLASS = {"seq2seq": "AutoModelForSeq2SeqLM", "causal": "AutoModelForCausalLM", "encoder": "AutoModel"}
 QUANTIZED = {
     "none": "",
@@ -180,13 +178,13 @@ def code_of(card: TaskCard, kind: Kind) -> str:
         "numpy": "import numpy\n" if card.family == "encoder" else "",
         "config_class": ", BitsAndBytesConfig" if card.base.quantization != "none" else "",
         "quantized": QUANTIZED[card.base.quantization],
-        "labels": _literal(dict(wordings)),
+        "labels": "{\n" + "".join(f"    {label!r}: {wording!r},\n" for label, wording in wordings) + "}",
         "temperature": repr(card.temperature),
-        "instruction": _literal(card.instruction),
+        "instruction": "(\n" + "".join(f"    {line!r}\n" for line in card.instruction.splitlines(keepends=True)) + ")",
         "max_length": card.max_length_tokens,
         "label_vectors": LABEL_VECTORS,
-        "columns": _literal(list(columns)),
-        "example": _literal({name: f"a {name}" for name in columns}),
+        "columns": list(columns),
+        "example": {name: f"a {name}" for name in columns},
         "reduce": card.label_score,
         "max_new_tokens": card.max_new_tokens,
         "after": "[prompt.shape[1] :]" if card.family == "causal" else "",
@@ -231,7 +229,3 @@ def _base_name(base: BaseSpec) -> str:
 def _model(base: BaseSpec) -> str:
     """A hub id as it is; of a folder its name, for elsewhere it lies somewhere else."""
     return base.model.rstrip("/").rpartition("/")[2] if base.model.startswith("/") else base.model
-
-
-def _literal(value: object) -> str:
-    return pprint.pformat(value, width=WIDTH, sort_dicts=False)

@@ -102,6 +102,7 @@ def test_plain_libraries_and_the_readme_give_the_scores_of_the_engine(
         model = PeftModel.from_pretrained(plain, tmp_path / "out").eval()
     else:
         assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(done.files)
+        assert len({(tmp_path / "out" / name).stat().st_mode for name in done.files}) == 1
         model = AUTO_CLASS[base.family].from_pretrained(tmp_path / "out").eval()
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert all(tokenizer(text)["input_ids"] == base.tokenizer(text)["input_ids"] for text in TEXTS)
