@@ -22,6 +22,7 @@ from multilora.scoring import LabelSet, ScoringRow, encode_labels, pooled, score
 from multilora.spec import TaskSpec
 from orchestrator.dataset import Example
 from orchestrator.micro_batches import MicroBatches
+from serve.forward_threads import ForwardThreads
 
 NO_LABELS = LabelSet((), None, ())
 """Of prompts that are read or continued."""
@@ -36,6 +37,7 @@ class BaseAlone:
         # Slots of no module change nothing: the base can be given to whoever needs it next.
         self._slots = AdapterSlots(base.model, [], num_slots=1, max_rank=1)
         self._batches = MicroBatches(base.device, on_halved=lambda max_tokens: None)
+        self._threads = ForwardThreads(base.device)
 
     @torch.no_grad()
     def label_set(self, prompt_format: PromptFormat) -> LabelSet:
@@ -63,7 +65,7 @@ class BaseAlone:
             written = generate(self.base, self._slots, [rows[i] for i in batch], [max_new_tokens] * len(batch))
             return [answer_text(self.base, token_ids) for token_ids in written]
 
-        return self._in_batches([len(row.token_ids) + max_new_tokens for row in rows], continued)
+        return self._in_batches([len(row.token_ids) + max_new_tokens for row in rows], continued, side_by_side=False)
 
     def states(self, spec: TaskSpec, examples: Sequence[Example]) -> NDArray[np.float64]:
         """Mean of the last hidden states over each example's input, no instruction, unit length [B, H].
@@ -87,13 +89,20 @@ class BaseAlone:
         return [ScoringRow(prompt.token_ids or (self.base.pad_id,), None, labels) for prompt in prompts]
 
     @torch.no_grad()
-    def _in_batches(self, lengths: Sequence[int], work: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        """Do the work on rows of these lengths in tokens, indices of a batch at a time; results in the order of the rows."""
+    def _in_batches(
+        self, lengths: Sequence[int], work: Callable[[list[int]], Sequence[T]], *, side_by_side: bool = True
+    ) -> list[T]:
+        """Do the work on rows of these lengths in tokens, indices of a batch at a time; results in the order of the rows.
+
+        Side by side as in the engine, so that what is measured here compares with what is measured there.
+        """
 
         def attempt() -> list[T]:
+            batches = self._batches.cut(lengths)[::-1]  # the longest first: no thread is left with them at the end
+            found = self._threads.map(work, batches) if side_by_side else map(work, batches)
             done: dict[int, T] = {}
-            for batch in self._batches.cut(lengths):
-                done.update(zip(batch, work(batch), strict=True))
+            for batch, results in zip(batches, found, strict=True):
+                done.update(zip(batch, results, strict=True))
             return [done[row] for row in range(len(lengths))]
 
         return self._batches.within_memory(max(lengths), attempt)

@@ -31,6 +31,7 @@ FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
     "orchestrator.live": ("serve.live_counts",),
+    "orchestrator.base_alone": ("serve.forward_threads",),
     "orchestrator.cli_keys": ("serve.auth",),
     "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{

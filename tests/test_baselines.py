@@ -78,6 +78,23 @@ def test_states_are_the_engines_whatever_the_length(bench, family, fresh_base):
     assert torch.allclose(torch.tensor(alone.states(bench.spec, examples)).float(), expected_BH, atol=1e-5)
 
 
+def test_many_prompts_side_by_side_score_as_alone(bench, family, fresh_base):
+    base, prompt_format = fresh_base(family), PromptFormat.of(bench.spec, family)
+    examples = [Example("e", {"text": "card " * (number % 40)}, "office") for number in range(120)]  # more than one batch holds
+    prompts = [encode_prompt(prompt_format, example.columns, base.tokenizer) for example in examples]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = BaseAlone(base)
+        together_BL = alone.scores(prompts, alone.label_set(prompt_format))
+    finally:
+        torch.set_num_threads(before)
+    alone = BaseAlone(base)
+    labels = alone.label_set(prompt_format)
+    one_by_one_BL = np.concatenate([alone.scores([prompt], labels) for prompt in prompts])
+    assert np.allclose(together_BL, one_by_one_BL, rtol=1e-4)
+
+
 def test_scores_that_are_no_numbers_are_refused(bench, family, fresh_base):
     base = fresh_base(family)
     alone, prompt_format = BaseAlone(base), PromptFormat.of(bench.spec, family)
