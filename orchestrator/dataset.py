@@ -29,6 +29,11 @@ class Example:
     columns: dict[str, str]
     label: str
 
+    @property
+    def text(self) -> str:
+        """All input columns, one below the other."""
+        return "\n".join(self.columns.values())
+
 
 @dataclass(frozen=True)
 class TaskDataset:
