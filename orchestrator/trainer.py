@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -68,9 +69,12 @@ class GroupTrainer:
         max_rank = max((member.spec.lora.rank for member in self._waiting), default=1)
         self.num_slots = min(num_slots, len(self._waiting))
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
+        self._wrapped = ExitStack()
+        self._wrapped.callback(self.slots.detach)
         if any(member.spec.resources.gradient_checkpointing for member in members):
-            checkpoint_layers(base.model, self.slots)
+            self._wrapped.callback(checkpoint_layers(base.model, self.slots))
         self._prefix = FrozenPrefix(base.model, ordered, num_workers=ranks.size)
+        self._wrapped.callback(self._prefix.detach)
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
@@ -93,6 +97,10 @@ class GroupTrainer:
             if time.monotonic() - saved_at > checkpoint_every_s:
                 self.save_states()
                 saved_at = time.monotonic()
+
+    def detach(self) -> None:
+        """Give the base its own layers back; this trainer is of no use afterwards."""
+        self._wrapped.close()
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""

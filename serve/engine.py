@@ -158,6 +158,11 @@ class Engine:
             self._bound[key] = bound
         return key
 
+    def detach(self) -> None:
+        """Give the base its own layers back; this engine is of no use afterwards."""
+        with self._lock:
+            self._slots.detach()
+
     def unbind(self, key: str) -> None:
         """Forget an adapter: name and host copy. Waits for no forward pass; its slot goes to the next one that needs it."""
         self._bound.pop(key, None)

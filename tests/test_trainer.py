@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -563,6 +564,23 @@ def test_a_wording_that_leaves_no_room_for_the_text_is_refused(fresh_base, tmp_p
     member = replace(member, spec=member.spec.model_copy(update={"instructions": [f"{' '.join(WORDS * 9)} {{text}}"]}))
     trained = Trained(base, [member])
     assert trained.last("mixed").message.endswith("more than train.max_length 64: raise max_length or shorten them")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_is_given_back_is_as_new(family, fresh_base, tmp_path):
+    """Slots, recomputed layers and the frozen prefix are all taken off, so that the next trainer or engine finds a plain base."""
+    base, new = fresh_base(family), fresh_base(family)
+    member = member_of(tmp_path / "first", base, "top", lora={"layers": [-1]})
+    resources = ResourceSpec(gradient_checkpointing=True)
+    trained = Trained(base, [replace(member, spec=member.spec.model_copy(update={"resources": resources}))])
+    assert any(isinstance(vars(module).get("forward"), partial) for module in base.model.modules())
+    trained.trainer.detach()
+    assert [name for name, _ in base.model.named_modules()] == [name for name, _ in new.model.named_modules()]
+    assert not any(isinstance(vars(module).get("forward"), partial) for module in base.model.modules())
+    assert not any(module._forward_pre_hooks for module in base.model.modules())
+    again, expected = (Trained(each, unlike_members(tmp_path / str(id(each)), each)[:1]) for each in (base, new))
+    for name, tensor in expected.weights("plain").items():
+        assert torch.equal(again.weights("plain")[name], tensor)
 
 
 def test_two_groups_leave_the_base_as_it_was(fresh_base, tmp_path):
