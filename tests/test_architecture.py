@@ -15,8 +15,9 @@ FLOORS = {  # lowest first; a new module gets its place here
     "pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api "
     "web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
-    "state paired methods eval_report comparison judge history group_task pace adapter_run ranks group_batch "
-    "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
+    "state paired methods learning_curve eval_report comparison judge history group_task pace adapter_run ranks group_batch "
+    "gradient_checkpointing frozen_prefix micro_batches trainer worker train_together variants curve_rows cross rungs "
+    "contamination evaluate cross_evaluate "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
     "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
@@ -31,7 +32,7 @@ FROM_SERVE = {
     "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{
         f"orchestrator.{name}": ("serve.engine",)
-        for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
+        for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing", "train_together")
     },
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
@@ -42,7 +43,8 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.report_words orchestrator.live orchestrator.report_text orchestrator.report_page orchestrator.report
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison
     orchestrator.judge
-    orchestrator.methods orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
+    orchestrator.methods orchestrator.learning_curve orchestrator.power orchestrator.paired orchestrator.history
+    orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
     orchestrator.batch_files orchestrator.tables orchestrator.cli"""
 
