@@ -6,7 +6,7 @@ A prompt that is too long loses the end of its longest input column; the instruc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from multilora.errors import DataError, RequestError
@@ -37,6 +37,12 @@ class PromptFormat:
         """Take the prompt's parts out of a spec."""
         labels = tuple((label, meaning or "") for label, meaning in (spec.labels or {}).items())
         return cls(family, spec.instruction, spec.data.text, labels, spec.train.max_length, spec.label_score)
+
+    @classmethod
+    def all_of(cls, spec: TaskSpec, family: str) -> tuple[PromptFormat, ...]:
+        """One for each wording that training mixes; the first is that of `of`."""
+        first = cls.of(spec, family)
+        return tuple(replace(first, instruction=wording) for wording in spec.wordings)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -224,6 +224,9 @@ class TaskSpec(Part):
     """The examples."""
     instruction: str = Field(min_length=1)
     """Prompt template with {column} fields and, for a classification task, {labels}."""
+    instructions: Annotated[list[StrictStr], Field(min_length=1)] | None = None
+    """Further wordings of the instruction over the same columns: training shows an example in one of all wordings, drawn anew
+    in each epoch, so that answers depend less on the wording. Everything else asks with `instruction`. Not for encoders."""
     labels: dict[StrictStr, StrictStr | None] | None = None
     """Every allowed answer and what it means; omit for a free-text task."""
     label_score: Literal["sum", "mean"] = "sum"
@@ -267,6 +270,25 @@ class TaskSpec(Part):
             raise ValueError("two labels differ only in upper and lower case or in spaces; make them distinct words")
         return self
 
+    @model_validator(mode="after")
+    def _check_instructions(self) -> TaskSpec:
+        for number, wording in enumerate(self.instructions or (), start=1):
+            fields = template_fields(wording, f"instructions {number}")
+            shown = set(fields) - {"labels"}
+            if shown != set(self.columns):
+                rule = f"instructions {number} shows the columns {', '.join(sorted(shown)) or 'none'}"
+                raise ValueError(f"{rule}; show those of `instruction`: {', '.join(sorted(self.columns))}")
+            if "labels" in fields and self.labels is None:
+                raise ValueError(f"instructions {number} has {{labels}} but the task lists none; take the field out")
+        if len(set(self.wordings)) < len(self.wordings):
+            raise ValueError("instruction and instructions hold the same text twice; remove one, or word it otherwise")
+        return self
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        """All wordings of the instruction that training mixes; the first is the one that everything else asks with."""
+        return (self.instruction, *(self.instructions or ()))
+
     @property
     def max_new_tokens(self) -> int | None:
         """Token limit of a free-text task's answers; None for a classification task."""
@@ -283,18 +305,18 @@ def alpha_divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else rank
 
 
-def template_fields(template: str) -> tuple[str, ...]:
+def template_fields(template: str, where: str = "instruction") -> tuple[str, ...]:
     """List a template's {field} names in order, each once. Raises ValueError for anything but plain names."""
     fields: dict[str, None] = {}
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"instruction: {error}; write {{{{ and }}}} for literal braces") from error
+        raise ValueError(f"{where}: {error}; write {{{{ and }}}} for literal braces") from error
     for _, field, format_spec, conversion in parts:
         if field is None:
             continue
         if not field.isidentifier() or format_spec or conversion:
-            raise ValueError(f"instruction: {{{field}}} is not a plain column name; write {{{{ and }}}} for literal braces")
+            raise ValueError(f"{where}: {{{field}}} is not a plain column name; write {{{{ and }}}} for literal braces")
         fields[field] = None
     return tuple(fields)
 
@@ -306,6 +328,8 @@ def spec_hash(spec: TaskSpec) -> str:
         for name in LATER_FIELDS[part]:
             if decisive[part][name] == getattr(default, name):
                 del decisive[part][name]
+    if spec.instructions:
+        decisive["instructions"] = spec.instructions
     decisive["columns"] = [spec.data.text, spec.data.label]
     decisive["base"] = [spec.base.dtype, spec.base.quantization]
     decisive["metric"] = spec.gate.metric  # it chooses the epoch

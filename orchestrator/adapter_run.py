@@ -38,7 +38,8 @@ class AdapterRun:
     """The task's labels; none for a free-text task, whose rows each have their gold answer as their only label."""
     module_names: list[str]
     optimizer: torch.optim.AdamW
-    train_ids: list[tuple[int, ...]]
+    train_ids: list[list[tuple[int, ...]]]
+    """The prompt of each training example in each wording of the instruction."""
     train_labels: list[LabelSet]
     train_gold: list[int]
     select_ids: list[tuple[int, ...]]

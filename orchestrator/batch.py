@@ -36,7 +36,8 @@ from orchestrator.batch_files import (
 )
 from orchestrator.config import OrchestratorConfig
 from orchestrator.session import ray_session
-from serve.engine import Answer, Engine, Work
+from serve.answer import Answer
+from serve.engine import Engine, Work
 
 ROWS_PER_CALL = 512
 """The engine sorts so many rows by length at once."""

@@ -19,6 +19,11 @@ def batch_indices(num_examples: int, batch_size: int, seed: int, step: int) -> l
     return order[position * batch_size : (position + 1) * batch_size]
 
 
+def drawn_wording(num_wordings: int, seed: int, epoch: int, example: int) -> int:
+    """Which wording of the instruction an example is shown in: one draw per example and epoch."""
+    return 0 if num_wordings == 1 else random.Random(f"{seed}/{epoch}/{example}/wording").randrange(num_wordings)
+
+
 def dropout_key(seed: int, step: int, position: int) -> int:
     """Key of one row's dropout masks."""
     return random.Random(f"{seed}/{step}/{position}").getrandbits(31)

@@ -13,7 +13,8 @@ from multilora.spec import BaseSpec
 from orchestrator.cross import BASE, CrossColumn
 from orchestrator.eval_report import EvalItem
 from orchestrator.metrics import is_right
-from serve.engine import Answer, Engine, Work
+from serve.answer import Answer
+from serve.engine import Engine, Work
 
 MAX_SLOTS = 32
 """More adapters than this take turns in the slots."""

@@ -84,7 +84,7 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
     if unseen:
         notes.append(f"no training example has the label {', '.join(unseen)}")
     ordered = [tuple(examples) for examples in splits.values()]
-    return TaskDataset(spec.name, ordered[0], ordered[1], ordered[2], _fingerprint(ordered), tuple(notes))
+    return TaskDataset(spec.name, ordered[0], ordered[1], ordered[2], fingerprint_of_rows(ordered), tuple(notes))
 
 
 def read_columns(file: Path) -> dict[str, list[str]]:
@@ -232,13 +232,23 @@ def _cut_off(
 ) -> tuple[list[Example], list[Example]]:
     """Take `share` of the rows of every label (or `exactly` so many in all), keeping the rows' order in both parts.
 
-    Rows of a free-text task have no label to spread over. The draw goes by the rows' hashes: another seed, another order of
-    rows or more of them must not move a row that trained the champion into the gate split (near the edge a few may move).
+    Rows of a free-text task have no label to spread over.
+    """
+    wanted = exactly if exactly is not None else round(share * len(examples))
+    taken = set(stratified_order(examples, purpose, by_label=bool(spec.labels))[:wanted])
+    return [e for i, e in enumerate(examples) if i in taken], [e for i, e in enumerate(examples) if i not in taken]
+
+
+def stratified_order(examples: Sequence[Example], purpose: str, *, by_label: bool) -> list[int]:
+    """Indices of the rows in an order whose every beginning is a random sample, of each label in proportion.
+
+    The draw goes by the rows' hashes: another seed, another order of rows or more of them must not move a row that trained
+    the champion into the gate split (near the edge a few may move).
     """
     hashes = [hashlib.sha256(f"{purpose} {example.id}".encode()).digest() for example in examples]
     shuffled = sorted(range(len(examples)), key=lambda index: hashes[index])
     rank_in_label: Counter[str] = Counter()
-    label_of = [example.label if spec.labels else "" for example in examples]
+    label_of = [example.label if by_label else "" for example in examples]
     size_of_label = Counter(label_of)
     quantile = {}
     for index in shuffled:
@@ -246,16 +256,15 @@ def _cut_off(
         quantile[index] = (rank_in_label[label] + 0.5) / size_of_label[label]
         rank_in_label[label] += 1
     # Rows of every label spread evenly over (0, 1); the lowest quantiles are a stratified sample of any size.
-    wanted = exactly if exactly is not None else round(share * len(examples))
-    taken = set(sorted(shuffled, key=lambda index: quantile[index])[:wanted])
-    return [e for i, e in enumerate(examples) if i in taken], [e for i, e in enumerate(examples) if i not in taken]
+    return sorted(shuffled, key=lambda index: quantile[index])
 
 
 def gate_fingerprint_of(gate: Sequence[Example]) -> str:
     """sha256 over ids and labels of gate rows, in order."""
-    return _fingerprint([gate])
+    return fingerprint_of_rows([gate])
 
 
-def _fingerprint(splits: Iterable[Sequence[Example]]) -> str:
+def fingerprint_of_rows(splits: Iterable[Sequence[Example]]) -> str:
+    """sha256 over ids and labels of all rows of some splits, in order."""
     rows = [[[example.id, example.label] for example in split] for split in splits]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

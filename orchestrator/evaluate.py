@@ -13,7 +13,8 @@ from multilora.scoring import SCORER_VERSION
 from multilora.spec import BaseSpec
 from orchestrator.eval_report import EvalItem, EvalOutcome, EvalReport, Graded
 from orchestrator.plain_baselines import fit_tf_idf, majority_label, tf_idf_answers
-from serve.engine import Answer, Engine, Work
+from serve.answer import Answer
+from serve.engine import Engine, Work
 
 NUM_SLOTS = 16
 

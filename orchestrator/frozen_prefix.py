@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -47,10 +48,16 @@ class FrozenPrefix:
         self._keys: list[bytes] = []
         layers = _layers_below(stack, {model.get_submodule(name) for name in adapted})
         self.num_layers = len(layers)
+        self._wrapped = ExitStack()
         if layers:
-            stack.register_forward_pre_hook(self._look_up, with_kwargs=True)
+            self._wrapped.callback(stack.register_forward_pre_hook(self._look_up, with_kwargs=True).remove)
         for layer in layers:
+            self._wrapped.callback(setattr, layer, "forward", layer.forward)
             layer.forward = partial(self._run, layer.forward, layer, layer is layers[-1])
+
+    def detach(self) -> None:
+        """Give the layers their own forward pass back."""
+        self._wrapped.close()
 
     @property
     def is_on(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 
 from torch.utils.checkpoint import checkpoint
@@ -13,10 +14,11 @@ from multilora.errors import AdapterError
 from multilora.lora import AdapterSlots
 
 
-def checkpoint_layers(model: PreTrainedModel, slots: AdapterSlots) -> None:
-    """Make every layer of `model` keep only its input for the backward pass. Raises AdapterError where none can.
+def checkpoint_layers(model: PreTrainedModel, slots: AdapterSlots) -> Callable[[], None]:
+    """Make every layer of `model` keep only its input for the backward pass; returns what undoes it.
 
-    transformers' own switch needs modules in training mode, which turns on the dropout of layers that apply it themselves.
+    Raises AdapterError where none can. transformers' own switch needs modules in training mode, which turns on the dropout of
+    layers that apply it themselves.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -27,6 +29,9 @@ def checkpoint_layers(model: PreTrainedModel, slots: AdapterSlots) -> None:
     if not layers:
         name = type(model).__name__
         raise AdapterError(f"{name} has no layers for gradient checkpointing; set resources.gradient_checkpointing to false")
+    wrapped = ExitStack()
     for layer in layers:
+        wrapped.callback(setattr, layer, "forward", layer.forward)
         # Nothing in a frozen base draws random numbers, and an adapter's dropout depends on its rows' keys alone.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return wrapped.close

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from multilora.scoring import ScoringRow
 from orchestrator.adapter_run import AdapterRun
-from orchestrator.batching import batch_indices, dropout_key
+from orchestrator.batching import batch_indices, drawn_wording, dropout_key
 from orchestrator.ranks import balanced_shares
 
 
@@ -28,9 +28,11 @@ class GroupBatch:
         for run in runs:
             settings = run.member.spec.train
             indices = batch_indices(len(run.train_ids), settings.batch_size, settings.seed, run.step)
+            epoch = run.step // run.steps_per_epoch
             for position, index in enumerate(indices):
+                wording = drawn_wording(len(run.train_ids[index]), settings.seed, epoch, index)
                 key = dropout_key(settings.seed, run.step, position) if run.member.spec.lora.dropout else 0
-                batch.rows.append(ScoringRow(run.train_ids[index], run.slot, run.train_labels[index], key))
+                batch.rows.append(ScoringRow(run.train_ids[index][wording], run.slot, run.train_labels[index], key))
                 batch.gold.append(run.train_gold[index])
                 batch.weights.append(1.0 / len(indices))
         return batch

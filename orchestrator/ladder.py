@@ -28,7 +28,8 @@ from multilora.spec import BaseSpec
 from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem
 from orchestrator.rungs import Reply, RungAnswers
-from serve.engine import Answer, Engine, Work
+from serve.answer import Answer
+from serve.engine import Engine, Work
 
 AUTO_CLASS: dict[Family, Any] = {"seq2seq": AutoModelForSeq2SeqLM, "causal": AutoModelForCausalLM, "encoder": AutoModel}
 COSINE_SCALE = 20.0

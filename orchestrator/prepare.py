@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from multilora.base_files import BaseFiles, find_base
 from multilora.errors import DataError, Problem, SpecError
@@ -50,7 +51,7 @@ class PreparedTask:
         num_tokens = sum(lengths) / len(lengths) / CHARS_PER_TOKEN + 2
         if files.family != "encoder":
             labels = PromptFormat.of(spec, files.family).labels
-            num_tokens += (len(spec.instruction) + sum(map(len, label_wordings(labels)))) / CHARS_PER_TOKEN
+            num_tokens += (fmean(map(len, spec.wordings)) + sum(map(len, label_wordings(labels)))) / CHARS_PER_TOKEN
         num_tokens = min(num_tokens, spec.train.max_length)
         if spec.max_new_tokens is not None:
             num_chars = sum(len(example.label) for example in self.dataset.train) / len(self.dataset.train)
@@ -95,6 +96,10 @@ def prepare(specs: Sequence[TaskSpec]) -> tuple[list[PreparedTask], list[Problem
         if spec.labels is None and files.family == "encoder":
             rule, fix = "an encoder writes no text", "name a seq2seq or causal base, or list the labels"
             problems.append(Problem(spec.name, "base.model", repr(spec.base.model), rule, fix))
+            continue
+        if spec.instructions and files.family == "encoder":
+            rule = "an encoder reads the input alone, so wordings of the instruction would change nothing"
+            problems.append(Problem(spec.name, "instructions", "", rule, "remove them, or name a seq2seq or causal base"))
             continue
         try:
             dataset = build_dataset(spec)

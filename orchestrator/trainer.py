@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -67,9 +69,12 @@ class GroupTrainer:
         max_rank = max((member.spec.lora.rank for member in self._waiting), default=1)
         self.num_slots = min(num_slots, len(self._waiting))
         self.slots = AdapterSlots(base.model, ordered, self.num_slots, max_rank, is_trainable=True)
+        self._wrapped = ExitStack()
+        self._wrapped.callback(self.slots.detach)
         if any(member.spec.resources.gradient_checkpointing for member in members):
-            checkpoint_layers(base.model, self.slots)
+            self._wrapped.callback(checkpoint_layers(base.model, self.slots))
         self._prefix = FrozenPrefix(base.model, ordered, num_workers=ranks.size)
+        self._wrapped.callback(self._prefix.detach)
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
@@ -92,6 +97,10 @@ class GroupTrainer:
             if time.monotonic() - saved_at > checkpoint_every_s:
                 self.save_states()
                 saved_at = time.monotonic()
+
+    def detach(self) -> None:
+        """Give the base its own layers back; this trainer is of no use afterwards."""
+        self._wrapped.close()
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""
@@ -206,12 +215,10 @@ class GroupTrainer:
 
     def _start(self, member: Member, slot: int) -> AdapterRun:
         spec = member.spec
-        prompt_format = PromptFormat.of(spec, self.base.family)
-        labels = encode_labels(self.base, self.slots, prompt_format)
-        train_ids, select_ids = (
-            [encode_prompt(prompt_format, example.columns, self.base.tokenizer).token_ids for example in examples]
-            for examples in (member.train, member.select)
-        )
+        formats = PromptFormat.all_of(spec, self.base.family)
+        labels = encode_labels(self.base, self.slots, formats[0])
+        train_ids = [[self._ids_of(example, each) for each in formats] for example in member.train]
+        select_ids = [self._ids_of(example, formats[0]) for example in member.select]
         train_labels, select_labels = (self._label_sets(spec, labels, examples) for examples in (member.train, member.select))
         modules = self._modules_of[member.run_key]
         generator = torch.Generator().manual_seed(spec.train.seed)
@@ -220,7 +227,7 @@ class GroupTrainer:
         run = AdapterRun(
             member=member,
             slot=slot,
-            prompt_format=prompt_format,
+            prompt_format=formats[0],
             labels=labels,
             module_names=modules,
             optimizer=torch.optim.AdamW(
@@ -235,8 +242,11 @@ class GroupTrainer:
         load_state(run, self.slots)
         if len(set(self._ranks.gather(run.step))) > 1:  # storage may show a node an old file for a while: Ray starts all again
             raise RuntimeError(f"workers see different checkpoints of {spec.name}: put the workspace on storage they share")
-        self._prefix.reserve(slot, sum(map(len, train_ids + select_ids)))
+        self._prefix.reserve(slot, sum(map(len, chain(*train_ids, select_ids))))
         return run
+
+    def _ids_of(self, example: Example, prompt_format: PromptFormat) -> tuple[int, ...]:
+        return encode_prompt(prompt_format, example.columns, self.base.tokenizer).token_ids
 
     def _label_sets(self, spec: TaskSpec, labels: LabelSet, examples: Sequence[Example]) -> list[LabelSet]:
         """The labels that each example's loss is computed over; of a free text only the gold one is known."""
@@ -336,6 +346,5 @@ class GroupTrainer:
             self._emit(run, "halved", {"train/micro_batch_tokens": float(max_tokens)})
 
     def _emit(self, run: AdapterRun, kind: str, metrics: dict[str, float], message: str = "") -> None:
-        spec, key = run.member.spec, run.member.run_key
-        steps = (run.step, run.num_steps, now_ms())
-        self._on_event(TrainEvent(kind, spec.name, key, *steps, metrics, message, spec.train.batch_size))
+        spec, steps = run.member.spec, (run.step, run.num_steps, now_ms())
+        self._on_event(TrainEvent(kind, spec.name, run.member.run_key, *steps, metrics, message, spec.train.batch_size))

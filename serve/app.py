@@ -14,10 +14,10 @@ from ray import serve as ray_serve
 
 from multilora.log import log_apart, setup_logging
 from multilora.registry import ROUTER
+from serve.answer import Answer
 from serve.auth import ALL_TASKS, Doorkeeper
 from serve.auto import RoutedAnswer
 from serve.config import ServeConfig
-from serve.engine import Answer
 from serve.error_table import RESPONSES, answer_errors, refusal, route_of
 from serve.guard import Guard, Observe, Scope, audit
 from serve.metrics import FOLDER_VARIABLE, OTHER

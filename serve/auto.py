@@ -12,8 +12,9 @@ from multilora.errors import AdapterError, CapacityError, UnknownTaskError, Unro
 from multilora.registry import CHAMPION, ROUTER, AdapterVersion, Registry
 from multilora.task_router import TaskRouter, read_router, routed_to, text_of
 from serve.adapter_store import reason_for_callers
+from serve.answer import Answer
 from serve.config import ServeConfig
-from serve.engine import Answer, Engine
+from serve.engine import Engine
 
 logger = logging.getLogger(__name__)
 

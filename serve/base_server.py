@@ -16,8 +16,9 @@ from typing import Literal, TypeVar
 
 from multilora.base_model import FrozenBase
 from multilora.generate import Reader, Token
+from serve.answer import Answer, written
 from serve.batcher import Batcher
-from serve.engine import Answer, Engine, Work, written
+from serve.engine import Engine, Work
 from serve.metrics import Metrics
 from serve.router import task_of
 from serve.writer import TextWork, Writer

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from multilora.errors import AdapterError, CapacityError
 from multilora.registry import CHALLENGER, AdapterVersion, Registry
 from serve.adapter_store import AdapterStore
+from serve.answer import Answer
 from serve.config import ServeConfig
-from serve.engine import Answer
 from serve.live_counts import LiveCounts, Mode, Pair, PairCounts, SideCounts, table_key
 from serve.router import is_in_share
 

@@ -6,7 +6,6 @@ prompts score as they did after training and differently from the base. A key th
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +19,6 @@ from multilora.artifact import AdapterArtifact, read_tensors
 from multilora.base_files import Family
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
-from multilora.generate import Token
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
 from multilora.scoring import (
@@ -34,10 +32,11 @@ from multilora.scoring import (
 )
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
+from serve.answer import Answer, answer_of, written
 from serve.canaries import check_canaries
 from serve.forward_threads import ForwardThreads
 from serve.slots import SlotTable
-from serve.writer import Progress, Text, TextWork, Writer
+from serve.writer import Progress, TextWork, Writer
 
 OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
 """What one forward pass costs beside its tokens, in tokens."""
@@ -61,35 +60,6 @@ class Work:
     def asked(self) -> str:
         """Key of the task that is asked."""
         return self.asked_as or self.key
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request; scores and probabilities in label order, none for a free text."""
-
-    label: str
-    """One of `labels`; of a free-text task the text."""
-    labels: tuple[str, ...]
-    scores: tuple[float, ...]
-    is_truncated: bool
-    is_cut_off: bool = False
-    """True where a free text reached the task's token limit before its end."""
-    temperature: float = 1.0
-    """The adapter's; the base alone has 1."""
-    tokens: tuple[Token, ...] = ()
-    """Of a free text."""
-
-    @property
-    def probabilities(self) -> tuple[float, ...]:
-        """Calibrated probabilities; none of a free text."""
-        return softmax(self.scores, self.temperature)
-
-
-def softmax(scores: Sequence[float], temperature: float) -> tuple[float, ...]:
-    """Turn label scores into probabilities."""
-    top = max(scores, default=0.0)
-    weights = [math.exp((score - top) / temperature) for score in scores]
-    return tuple(weight / sum(weights) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -166,6 +136,11 @@ class Engine:
             self._bound[key] = bound
         return key
 
+    def detach(self) -> None:
+        """Give the base its own layers back; this engine is of no use afterwards."""
+        with self._lock:
+            self._slots.detach()
+
     def unbind(self, key: str) -> None:
         """Forget an adapter: name and host copy. Waits for no forward pass; its slot goes to the next one that needs it."""
         self._bound.pop(key, None)
@@ -202,7 +177,9 @@ class Engine:
                 chosen = [(works[index], labels_of[works[index].asked]) for index in wave]
                 rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
                 for index, (work, labels), scores in zip(wave, chosen, self._scores(rows), strict=True):
-                    answers[index] = _answer(work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature)
+                    answers[index] = answer_of(
+                        work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature
+                    )
         return [answers[index] for index in range(len(works))]
 
     def classify_zero_shot(self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]]) -> list[Answer]:
@@ -211,7 +188,7 @@ class Engine:
         with self._lock, torch.inference_mode():
             labels = self._labels(prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
-        return [_answer("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
+        return [answer_of("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
 
     def write_zero_shot(
         self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]], max_new_tokens: int
@@ -334,16 +311,3 @@ class Engine:
 def _num_tokens(family: Family, row: ScoringRow) -> int:
     # An encoder's label vectors cost nothing.
     return len(row.token_ids) + (0 if family == "encoder" else row.labels.tree.num_nodes)
-
-
-def _answer(name: str, labels: LabelSet, scores: Sequence[float], prompt: Prompt, temperature: float) -> Answer:
-    if not all(map(math.isfinite, scores)):
-        raise AdapterError(f"{name} gives its labels scores that are no numbers")
-    # index() takes the first of equal scores, so ties go to the label that the spec lists first.
-    label = labels.names[scores.index(max(scores))]
-    return Answer(label, labels.names, tuple(scores), prompt.is_truncated, temperature=temperature)
-
-
-def written(text: Text, prompt: Prompt) -> Answer:
-    """The answer that a text is."""
-    return Answer(text.text, (), (), prompt.is_truncated, text.is_cut_off, tokens=text.tokens)

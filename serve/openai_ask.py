@@ -13,8 +13,9 @@ from jinja2 import TemplateError
 from multilora.base_model import FrozenBase
 from multilora.errors import RequestError
 from multilora.prompt import Prompt
+from serve.answer import Answer
 from serve.base_server import Piece, SpelledToken
-from serve.engine import Answer, BoundAdapter, Work
+from serve.engine import BoundAdapter, Work
 from serve.openai_schema import Message
 from serve.replica import LONG_CHARS, Replica, Source, check_lengths
 from serve.writer import TextWork

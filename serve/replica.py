@@ -17,11 +17,12 @@ from multilora.errors import AdapterError, CapacityError, DeadlineError, Request
 from multilora.prompt import Prompt
 from multilora.registry import ROUTER, AdapterVersion, Registry
 from serve.adapter_store import AdapterStore
+from serve.answer import Answer
 from serve.auto import AutoRouter, RoutedAnswer, routed_tasks
 from serve.base_server import BaseServer
 from serve.challenger import Challengers
 from serve.config import ServeConfig
-from serve.engine import Answer, BoundAdapter, Engine, Work
+from serve.engine import BoundAdapter, Engine, Work
 from serve.metrics import OTHER, Metrics
 from serve.router import pinned, task_of, unknown_task
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.batching import batch_indices, dropout_key, num_steps_per_epoch
+from orchestrator.batching import batch_indices, drawn_wording, dropout_key, num_steps_per_epoch
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size", "expected"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (173, 16, 11)])
@@ -32,6 +32,17 @@ def test_epochs_seeds_and_nothing_else_change_the_order():
     assert first != batch_indices(30, 30, 1, 0)
     # The order within an epoch does not depend on the batch size.
     assert first == [index for step in range(6) for index in batch_indices(30, 5, 0, step)]
+
+
+def test_wordings_are_drawn_evenly_by_seed_epoch_and_example():
+    assert {drawn_wording(1, seed, 0, 0) for seed in range(9)} == {0}
+    draws = {(seed, epoch, i): drawn_wording(3, seed, epoch, i) for seed in (0, 1) for epoch in (0, 1) for i in range(600)}
+    assert draws == {place: drawn_wording(3, *place) for place in draws}
+    assert all(abs(count - 800) < 80 for count in Counter(draws.values()).values()), "2,400 draws of three"
+    first = [draws[0, 0, i] for i in range(600)]
+    for other in ((0, 1), (1, 0)):
+        same = sum(draws[*other, i] == first[i] for i in range(600))
+        assert abs(same - 200) < 60
 
 
 def test_a_step_needs_no_earlier_step():

@@ -10,7 +10,7 @@ from orchestrator.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, expected_
 from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem
 from orchestrator.evaluate import evaluate
-from serve.engine import softmax
+from serve.answer import softmax
 
 
 def labelled_scores(temperature, num_examples=4000, num_labels=4):

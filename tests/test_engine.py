@@ -24,7 +24,8 @@ from multilora.artifact import CARD, CONFIG, WEIGHTS, read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.spec import BaseSpec
-from serve.engine import Engine, Work, softmax
+from serve.answer import softmax
+from serve.engine import Engine, Work
 
 TASKS = (CARDS, MOOD, MAIL)
 TOLERANCE = 1e-3

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from conftest import FAMILIES
 
 from multilora.base_files import find_base
 from multilora.spec import BaseSpec, TaskSpec
@@ -75,6 +76,15 @@ def test_prompts_that_are_longer_than_the_base_takes_are_refused(raw, base_folde
     assert [task.spec.train.max_length for task in prepared] == [300]
     rule = f"base {base['model']} takes at most 300 tokens (got 301)"
     assert str(problem) == f"mood: train.max_length: {rule}. Fix: set it to {fix}"
+
+
+def test_wordings_are_refused_for_an_encoder_which_reads_none(raw, base_folder):
+    changes = {"instructions": ["Say {labels}: {text}"]}
+    specs = [TaskSpec.model_validate({**raw, **changes, "base": {"model": str(base_folder(kind))}}) for kind in FAMILIES]
+    prepared, (problem,) = prepare(specs)
+    assert [task.base_files.family for task in prepared] == ["seq2seq", "causal"]
+    rule = "an encoder reads the input alone, so wordings of the instruction would change nothing"
+    assert str(problem) == f"mood: instructions: {rule}. Fix: remove them, or name a seq2seq or causal base"
 
 
 def test_no_specs():
@@ -175,6 +185,14 @@ def test_the_need_counts_what_the_base_reads(raw, base_folder, kind):
     prompt = 0 if kind == "encoder" else len("Judge {text} as {labels}") + len("good: all is well") + len("bad")
     assert need.tokens_per_example == pytest.approx((text + prompt) / 4 + 2)
     assert prepared_of(raw, train={"max_length": 8}).need.tokens_per_example <= 8
+
+
+def test_wordings_are_part_of_the_run_key_and_of_the_tokens(raw, base_folder):
+    base = {"model": str(base_folder("causal"))}
+    one, mixed = prepared_of(raw, base=base), prepared_of(raw, base=base, instructions=["Judge {text} as {labels}" + 400 * "!"])
+    assert mixed.run_key != one.run_key
+    assert mixed.need.tokens_per_example == pytest.approx(one.need.tokens_per_example + 400 / 2 / 4)
+    assert prepared_of(raw, base=base, instructions=None).run_key == one.run_key
 
 
 def test_a_free_text_task_is_prepared_for_a_base_that_writes(raw, base_folder):

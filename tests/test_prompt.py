@@ -54,6 +54,15 @@ def test_prompt_shows_instruction_columns_and_wordings():
     )
 
 
+def test_every_wording_has_a_format_of_its_own():
+    values = {"name": "a", "base": {"model": "b"}, "data": {"train": "c.csv"}, "labels": {"x": None, "y": "why"}}
+    spec = TaskSpec.model_validate({**values, "instruction": "{labels} {text}", "instructions": ["{text}?", "{text}"]})
+    first, *others = PromptFormat.all_of(spec, "causal")
+    assert first == PromptFormat.of(spec, "causal")
+    assert [each.render({"text": "hm"}) for each in (first, *others)] == ["- x\n- y: why hm", "hm?", "hm"]
+    assert {each.labels for each in others} == {first.labels}
+
+
 def test_encoder_reads_the_columns_alone_in_instruction_order():
     columns = {"body": "B", "sender": "S", "title": "T"}
     assert prompt_format(COLUMNS, family="encoder").render(columns) == "T\nB\nS"

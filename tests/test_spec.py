@@ -159,6 +159,14 @@ PROBLEMS = {
     "conversion": (("{text}", "{text!r}"), "file", r"\{text\} is not a plain column name", "write"),
     "empty instruction": (('"Is this spam? {text} {labels}"', '""'), "instruction", "at least 1 character", "change the value"),
     "unquoted braces": (('"Is this spam? {text} {labels}"', "{text}"), "instruction", "valid string", "put the value in quotes"),
+    "wording without the input": ("instructions: ['Spam?']", "file", "instructions 1 shows the columns none", "show .*: text"),
+    "wording with the answer": (
+        "instructions: ['{text}', '{text} {label}']", "file", "instructions 2 shows the columns label, text", "show those"),
+    "wording with an open brace": ("instructions: ['{text} {']", "file", "instructions 1: .*", r"write \{\{ and"),
+    "the same wording": ("instructions: ['Is this spam? {text} {labels}']", "file", "hold the same text twice", "remove one"),
+    "no wordings": ("instructions: []", "instructions", "at least 1 item", "change the value"),
+    "a wording that is no list": ("instructions: '{text}'", "instructions", "valid list", "change the value"),
+    "number as wording": ("instructions: [1]", "instructions.0", "valid string", "quotes"),
     "file type": (("spam.jsonl", "spam.txt"), "data.train", "no file type that can be read", r"use \.jsonl, .*hub"),
     "missing data file": (("spam.jsonl", "ham.jsonl"), "data.train", "file does not exist", "relative to the spec's folder /"),
     "missing gate file": (("spam.jsonl", "spam.jsonl, gate: g.csv"), "data.gate", "file does not exist", "relative to"),
@@ -264,6 +272,7 @@ def test_all_problems_of_all_files_are_found_at_once(write):
     [("Is this spam?", "Spam?"), ("ham: wanted", "ham: good"), ("spam: unwanted, ham: wanted", "ham: wanted, spam: unwanted"),
      ("spam.jsonl", "spam.jsonl, label: answer"), ("org/model", "org/model, dtype: bfloat16"),
      ("labels:", "lora: {rank: 4}\nlabels:"), ("labels:", "train: {seed: 1}\nlabels:"),
+     ("labels:", "instructions: ['{text}']\nlabels:"),
      *(("labels:", f"lora: {{{change}}}\nlabels:") for change in ("rslora: true", "plus_ratio: 4", "layers: [0]")),
      *(("labels:", f"train: {{{change}}}\nlabels:") for change in (
          "schedule: cosine", "warmup_ratio: 0.1", "weight_decay: 0.1", "max_grad_norm: 2"))],
@@ -313,6 +322,20 @@ def test_a_free_text_task_has_a_token_limit_that_decides_its_hash(load):
     short = load(FREE_TEXT + "generation: {max_new_tokens: 8}\n")
     assert short.max_new_tokens == 8
     assert spec_hash(short) != spec_hash(load(FREE_TEXT)) == spec_hash(load(FREE_TEXT + "generation: {}\n"))
+
+
+def test_wordings_are_the_instruction_and_what_is_mixed_in(load):
+    spec = load(SPEC + "instructions: ['{labels}: {text}', '{text}']\n")
+    assert spec.wordings == ("Is this spam? {text} {labels}", "{labels}: {text}", "{text}")
+    assert load(SPEC).wordings == (spec.instruction,)
+    other_order = load(SPEC + "instructions: ['{text}', '{labels}: {text}']\n")
+    assert spec_hash(other_order) != spec_hash(spec), "the seed draws by place"
+
+
+def test_a_wording_of_a_free_text_task_has_no_labels(write, load):
+    assert load(FREE_TEXT + "instructions: ['{text}']\n").wordings[1] == "{text}"
+    with pytest.raises(SpecError, match=r"instructions 1 has {labels} but the task lists none.*Fix: take the field out"):
+        load_task_specs([write(FREE_TEXT + "instructions: ['{text} {labels}']\n")])
 
 
 def test_a_metric_over_labels_is_refused_for_a_free_text_task(write):

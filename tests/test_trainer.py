@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import ScoringRow, answer_losses, encode_labels
 from multilora.spec import ResourceSpec, TaskSpec, spec_hash
-from orchestrator.batching import batch_indices
+from orchestrator.batching import batch_indices, drawn_wording
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.group_task import Member
@@ -506,6 +507,80 @@ def test_gradient_checkpointing_trains_the_same_adapters(family, solo, fresh_bas
     for task, alone in solo(family).items():
         assert_same_losses(group.losses(task), alone.losses(task))
         assert_same_weights(group.weights(task), alone.weights(task))
+
+
+WORDINGS = ["Say: {text}", "{text} ({labels})?"]
+
+
+def mixed_member(folder, base, **settings):
+    """A member whose training mixes three wordings."""
+    member = member_of(folder, base, "mixed", seed=5, **settings)
+    return replace(member, spec=member.spec.model_copy(update={"instructions": WORDINGS}))
+
+
+class Watched(GroupTrainer):
+    """Keeps what every batch shows."""
+
+    def next_batch(self):
+        batch = super().next_batch()
+        self.shown = [*getattr(self, "shown", []), [row.token_ids for row in batch.rows]]
+        return batch
+
+
+@pytest.mark.parametrize("family", ["seq2seq", "causal"])
+def test_training_shows_each_example_in_the_wording_that_is_drawn(family, fresh_base, tmp_path):
+    base = fresh_base(family)
+    member = mixed_member(tmp_path, base, epochs=3)
+    trainer = Watched(base, [member], 1, lambda event: None)
+    trainer.train(lambda: (), NEVER_S)
+    formats = PromptFormat.all_of(member.spec, family)
+    drawn = [[(index, drawn_wording(3, 5, step // 3, index)) for index in batch_indices(11, 4, 5, step)] for step in range(9)]
+    assert {wording for batch in drawn for _, wording in batch} == {0, 1, 2}
+    assert trainer.shown == [
+        [encode_prompt(formats[wording], member.train[index].columns, base.tokenizer).token_ids for index, wording in batch]
+        for batch in drawn
+    ]
+    card = read_artifact(Path(member.adapter_dir)).card
+    assert card.prompt_format == formats[0]
+    assert card.spec_hash == spec_hash(member.spec)
+
+
+def test_mixed_wordings_train_alike_in_a_group_and_after_a_stop(solo, fresh_base, tmp_path):
+    base = fresh_base("causal")
+    alone = Trained(base, [mixed_member(tmp_path / "alone", base)])
+    base = fresh_base("causal")
+    plain, mixed = unlike_members(tmp_path, base)[0], mixed_member(tmp_path, base)
+    first = Trained(base, [plain, mixed], should_stop=after(2))
+    second = Trained(fresh_base("causal"), [plain, mixed])
+    assert (first.is_complete, second.is_complete) == (False, True)
+    assert_same_losses(losses_in([*first.events, *second.events], "mixed"), alone.losses("mixed"))
+    assert_same_weights(second.weights("mixed"), alone.weights("mixed"))
+    assert_same_weights(second.weights("plain"), solo("causal")["plain"].weights("plain"))
+
+
+def test_a_wording_that_leaves_no_room_for_the_text_is_refused(fresh_base, tmp_path):
+    base = fresh_base("causal")
+    member = mixed_member(tmp_path, base)
+    member = replace(member, spec=member.spec.model_copy(update={"instructions": [f"{' '.join(WORDS * 9)} {{text}}"]}))
+    trained = Trained(base, [member])
+    assert trained.last("mixed").message.endswith("more than train.max_length 64: raise max_length or shorten them")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_base_that_is_given_back_is_as_new(family, fresh_base, tmp_path):
+    """Slots, recomputed layers and the frozen prefix are all taken off, so that the next trainer or engine finds a plain base."""
+    base, new = fresh_base(family), fresh_base(family)
+    member = member_of(tmp_path / "first", base, "top", lora={"layers": [-1]})
+    resources = ResourceSpec(gradient_checkpointing=True)
+    trained = Trained(base, [replace(member, spec=member.spec.model_copy(update={"resources": resources}))])
+    assert any(isinstance(vars(module).get("forward"), partial) for module in base.model.modules())
+    trained.trainer.detach()
+    assert [name for name, _ in base.model.named_modules()] == [name for name, _ in new.model.named_modules()]
+    assert not any(isinstance(vars(module).get("forward"), partial) for module in base.model.modules())
+    assert not any(module._forward_pre_hooks for module in base.model.modules())
+    again, expected = (Trained(each, unlike_members(tmp_path / str(id(each)), each)[:1]) for each in (base, new))
+    for name, tensor in expected.weights("plain").items():
+        assert torch.equal(again.weights("plain")[name], tensor)
 
 
 def test_two_groups_leave_the_base_as_it_was(fresh_base, tmp_path):
