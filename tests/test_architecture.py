@@ -17,6 +17,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
     "state paired methods eval_report comparison judge history group_task pace adapter_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
+    "plain_scoring plain_heads plain_training plain_methods own_adapters alone merged_or_not "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
     "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
@@ -33,6 +34,7 @@ FROM_SERVE = {
         f"orchestrator.{name}": ("serve.engine",)
         for name in ("batch", "evaluate", "cross_evaluate", "ladder", "router_fit", "task_routing")
     },
+    **{f"orchestrator.{name}": ("serve.engine",) for name in ("own_adapters", "alone", "merged_or_not")},
 }
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
     multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
