@@ -13,7 +13,7 @@ from multilora.base_model import load_base
 from multilora.errors import AdapterError, MultiLoraError
 from multilora.spec import TaskSpec
 from orchestrator.methods import Bench, MethodRow
-from orchestrator.own_adapters import NEEDS_LABELS, OwnAdapter, engine_answering, train_own, weight_bytes
+from orchestrator.own_adapters import NEEDS_LABELS, OwnAdapter, engine_answering, megabytes, train_own, weight_bytes
 from orchestrator.plain_methods import METHODS, PlainMethod
 from orchestrator.plain_training import DIVERGED, Learner, Trained, answering, timed, train, trained_parameters
 from serve.engine import Engine
@@ -84,7 +84,7 @@ def quantised_rows(bench: Bench) -> Iterator[MethodRow]:
             gc.collect()
             adapters = train_own(bench, base_spec, bench.seeds, bench.folder / "alone" / quantization)
             base = load_base(base_spec)
-            note = f"the base's weights take {weight_bytes(base.model) / 1e6:.1f} MB of memory"
+            note = f"the base's weights take {megabytes(weight_bytes(base.model))} of memory"
             engine = Engine(base, bench.max_slots, bench.spec.lora.rank)
         except (MultiLoraError, ImportError, torch.OutOfMemoryError) as error:  # bitsandbytes is not there on every platform
             yield from (replace(row, skipped=str(error)) for row in rows)

@@ -18,7 +18,7 @@ from multilora.base_model import load_base
 from multilora.errors import MultiLoraError
 from orchestrator.dataset import Example
 from orchestrator.methods import Bench, MethodRow
-from orchestrator.own_adapters import NEEDS_LABELS, OwnAdapter, engine_answering, train_own, weight_bytes
+from orchestrator.own_adapters import NEEDS_LABELS, OwnAdapter, engine_answering, megabytes, train_own, weight_bytes
 from orchestrator.plain_scoring import LabelScorer, with_adapter
 from orchestrator.plain_training import Answering, answering, timed
 from serve.engine import Engine
@@ -67,7 +67,7 @@ def merged_rows(bench: Bench, adapter: Path | None = None) -> Iterator[MethodRow
             yield from _skipped(row, own, done)
             return
         row = replace(row, train_s=own.train_s, num_trained=own.num_parameters)
-        engine_answers: tuple[str, ...] = ()
+        engine_answers: tuple[str | None, ...] = ()
         for system in _systems(bench, own):
             for one in _rows_of(system, row, bench.dataset.gate):
                 engine_answers = engine_answers or one.answers
@@ -108,7 +108,7 @@ def _engine_system(bench: Bench, own: OwnAdapter) -> _System:
 
 
 def _rows_of(system: _System, row: MethodRow, gate: Sequence[Example]) -> Iterator[MethodRow]:
-    memory = f"weights take {_megabytes(system.weight_bytes)} of memory, a further task {_megabytes(system.bytes_per_task)}"
+    memory = f"weights take {megabytes(system.weight_bytes)} of memory, a further task {megabytes(system.bytes_per_task)}"
     row = replace(row, disk_bytes=system.disk_bytes, note="; ".join(filter(None, [memory, system.note])))
 
     def one_by_one(examples: Sequence[Example]) -> Sequence[str]:
@@ -122,7 +122,3 @@ def _rows_of(system: _System, row: MethodRow, gate: Sequence[Example]) -> Iterat
 def _skipped(row: MethodRow, reason: str, done: Sequence[str]) -> Iterator[MethodRow]:
     methods = [f"{name}, {pace}" for name in (ENGINE, SWITCHED, MERGED) for pace in PACES]
     yield from (replace(row, method=method, skipped=reason) for method in methods if method not in done)
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.2f} MB"

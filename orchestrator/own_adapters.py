@@ -77,6 +77,11 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
 
 
+def megabytes(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 1e6:.2f} MB"
+
+
 def _member(bench: Bench, base: BaseSpec, seed: int, folder: Path) -> Member:
     settings = bench.spec.train.model_copy(update={"seed": seed})
     return Member(

@@ -110,7 +110,8 @@ class LabelScorer:
         logits = self._continued(read, mask_BT, answers_LN[:, :-1].clamp(min=0))  # padding is scored nowhere
         rest_targets = answers_LN[:, 1:].repeat(num_rows, 1)
         rest_losses = F.cross_entropy(logits.float().mT, rest_targets, ignore_index=-100, reduction="none")
-        return first_BV.float().log_softmax(-1)[:, answers_LN[:, 0]] - rest_losses.sum(-1).view(num_rows, num_labels)
+        first_BL: Tensor = first_BV.float().log_softmax(-1)[:, answers_LN[:, 0]]
+        return first_BL - rest_losses.sum(-1).view(num_rows, num_labels)
 
     def _continued(self, read: Any, mask_BT: Tensor, tokens_LN: Tensor) -> Tensor:
         """Logits [B x L, N, V] behind the tokens of every label, after prompts that were read into a cache."""

@@ -52,7 +52,7 @@ def test_a_method_learns_and_changes_only_what_is_its_own(bench, name, kind):
         assert changed
         assert all(one.endswith(".bias") for one in changed)
     else:
-        assert len(changed) > 20
+        assert len(changed) > 15
         assert name == "all_parameters" or not [one for one in changed if one.startswith(("decoder", "lm_head"))]
     assert not [one for one in changed if "pooler" in one]
     assert len(trained_parameters(learner.module)) > 0
@@ -83,7 +83,7 @@ def test_the_best_epoch_is_what_remains(bench):
     scores = scores_of(learner, learner.rows(one.dataset.select))
     gold = torch.tensor([LABELS.index(example.label) for example in one.dataset.select])
     assert trained.result[1] == pytest.approx(-torch.nn.functional.cross_entropy(scores, gold).item())
-    assert trained.result[0] == (scores.argmax(1) == gold).float().mean().item()
+    assert trained.result[0] == pytest.approx((scores.argmax(1) == gold).float().mean().item())
     assert 1 <= trained.best_epoch <= 6
 
 
@@ -92,13 +92,16 @@ def test_it_stops_early_as_the_spec_says(bench):
     assert (len(trained.epoch_losses), trained.best_epoch) == (3, 1)
 
 
-def test_the_select_split_chooses_the_learning_rate_and_all_time_counts(bench):
-    method = replace(BY_NAME["frozen_head"], learning_rates=(UNCHANGED_RATE, 1e-2))
-    one = bench(train={"epochs": 12}, num_train=48)
+@pytest.mark.parametrize("rates", [(1e-3, 1e-1), (1e-1, 1e-3)])
+def test_the_select_split_chooses_the_learning_rate_and_all_time_counts(bench, rates):
+    one, method = bench(), replace(BY_NAME["frozen_head"], learning_rates=rates)
+    results = {rate: train_plain(one, method, 2, rate)[1].result for rate in rates}
+    best = max(results, key=results.get)
+    assert len(set(results.values())) == 2
     row = method_row(one, method, seed=2)
-    assert (row.part, row.method, row.num_train, row.seed, row.skipped) == ("alone", method.name, 48, 2, "")
-    assert row.note.startswith("learning rate 0.01, chosen from 1e-12, 0.01 on the select split")
-    single = method_row(one, replace(method, learning_rates=(1e-2,)), seed=2)
+    assert (row.part, row.method, row.num_train, row.seed, row.skipped) == ("alone", method.name, 24, 2, "")
+    assert row.note.startswith(f"learning rate {best:g}, chosen from {rates[0]:g}, {rates[1]:g} on the select split")
+    single = method_row(one, replace(method, learning_rates=(best,)), seed=2)
     assert single.answers == row.answers
     assert row.train_s > single.train_s > 0
     assert row.num_trained == 64 * 3 + 3
