@@ -35,6 +35,7 @@ class _Attempt:
     ms_per_text: float
     num_trained: int
     disk_bytes: int
+    is_seq2seq: bool
 
 
 def alone_rows(bench: Bench) -> Iterator[MethodRow]:
@@ -61,6 +62,9 @@ def method_row(bench: Bench, method: PlainMethod, seed: int) -> MethodRow:
     rates = ", ".join(f"{rate:g}" for rate in method.learning_rates)
     if best.trained.result == DIVERGED:
         return replace(row, skipped=f"the loss is no number at learning rates {rates}")
+    note = f"learning rate {best.rate:g}, chosen from {rates} on the select split; the time is that of all of them"
+    if method.seq2seq_note and best.is_seq2seq:
+        note = f"{note}; {method.seq2seq_note}"
     return replace(
         row,
         answers=best.answers,
@@ -68,7 +72,7 @@ def method_row(bench: Bench, method: PlainMethod, seed: int) -> MethodRow:
         ms_per_text=best.ms_per_text,
         num_trained=best.num_trained,
         disk_bytes=best.disk_bytes,
-        note=f"learning rate {best.rate:g}, chosen from {rates} on the select split; the time is that of all of them",
+        note=note,
     )
 
 
@@ -121,11 +125,18 @@ def train_plain(bench: Bench, method: PlainMethod, seed: int, rate: float) -> tu
 
 def _attempt(bench: Bench, method: PlainMethod, seed: int, rate: float) -> _Attempt:
     learner, trained = train_plain(bench, method, seed, rate)
-    parameters = trained_parameters(learner.module)
-    sizes = (sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters))
-    if trained.result == DIVERGED:
-        return _Attempt(rate, trained, (), 0.0, *sizes)
-    return _Attempt(rate, trained, *timed(answering(learner, bench.labels), bench.dataset.gate), *sizes)
+    parameters, answers, ms_per_text = trained_parameters(learner.module), tuple[str, ...](), 0.0
+    if trained.result != DIVERGED:
+        answers, ms_per_text = timed(answering(learner, bench.labels), bench.dataset.gate)
+    return _Attempt(
+        rate=rate,
+        trained=trained,
+        answers=answers,
+        ms_per_text=ms_per_text,
+        num_trained=sum(parameter.numel() for parameter in parameters),
+        disk_bytes=sum(parameter.nbytes for parameter in parameters),
+        is_seq2seq=learner.base.family == "seq2seq",
+    )
 
 
 def _spec_for(bench: Bench, method: PlainMethod, seed: int, rate: float) -> TaskSpec:

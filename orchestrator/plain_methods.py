@@ -25,6 +25,11 @@ from orchestrator.plain_scoring import LabelScorer
 from orchestrator.plain_training import Learner
 
 NUM_VIRTUAL_TOKENS = 20
+PREFIX_NOTE = (
+    "the prefix stands in the decoder alone, and where its layers are even in number PEFT gives two of them the same part of it "
+    "and uses half of the parameters"
+)
+"""Source: peft 0.21 PeftModel.get_prompt, which doubles the stack of all layers and then cuts it into fours."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class PlainMethod:
     """Prepare a fresh base. Raises AdapterError where the method does not exist for it."""
     trains_base: bool = False
     """It changes the base's own weights: those are float32 then, and the base's dropout is on."""
+    seq2seq_note: str = ""
+    """What a reader must know where the base is an encoder-decoder."""
 
 
 def vanilla(base: FrozenBase, spec: TaskSpec) -> Learner:
@@ -119,7 +126,7 @@ METHODS = (
     PlainMethod("head over the frozen base", (3e-3, 3e-2), frozen_head),
     PlainMethod("LoRA with a head (PEFT)", (5e-4, 2e-3), lora_head),
     PlainMethod("instruction fine-tuning of all parameters", (5e-5, 2e-4), all_parameters, trains_base=True),
-    PlainMethod("prefix tuning (PEFT)", (1e-2, 5e-2), prefix_tuning),
+    PlainMethod("prefix tuning (PEFT)", (1e-2, 5e-2), prefix_tuning, seq2seq_note=PREFIX_NOTE),
     PlainMethod("prompt tuning (PEFT)", (1e-2, 3e-2), prompt_tuning),
     PlainMethod("IA3 (PEFT)", (1e-2, 3e-2), ia3),
     PlainMethod("biases only (BitFit)", (1e-3, 4e-3), biases, trains_base=True),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor, nn
 
+from multilora.base_model import FrozenBase
 from multilora.spec import TaskSpec
 from orchestrator.batching import batch_indices, num_steps_per_epoch
 from orchestrator.dataset import Example, TaskDataset
@@ -26,6 +27,10 @@ Answering = Callable[[Sequence[Example]], Sequence[str]]
 
 class Learner(Protocol):
     """What can be trained: it makes rows of examples once, and losses and scores of rows."""
+
+    @property
+    def base(self) -> FrozenBase:
+        """What it is built on."""
 
     @property
     def module(self) -> nn.Module:

@@ -135,6 +135,16 @@ def test_one_rate_that_diverges_does_not_cost_the_other(bench):
     assert row.note.startswith("learning rate 0.0001")
 
 
+def test_a_prefix_of_an_encoder_decoder_has_a_note_that_is_true(bench):
+    method = BY_NAME["prefix_tuning"]
+    assert "uses half of the parameters" not in method_row(bench(), method, 0).note
+    assert method_row(bench("seq2seq"), method, 0).note.endswith("same part of it and uses half of the parameters")
+    learner, _ = train_plain(bench("seq2seq"), method, 0, 1e-2)
+    (prefix,) = trained_parameters(learner.module)
+    learner.losses(learner.rows(bench().dataset.train[:2]), [0, 1]).mean().backward()
+    assert (prefix.grad != 0).float().mean() == 0.5
+
+
 # What does not exist for a base
 
 
