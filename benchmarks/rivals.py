@@ -26,10 +26,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from benchmarks.serving_tasks import FORMAT
 from multilora.base_files import EMBEDDED, find_base
 from multilora.prompt import label_wordings
+from multilora.scoring import COSINE_SCALE
 from multilora.spec import BaseSpec
-
-SCALE = 20.0
-"""Of the cosine; multilora.scoring has the same."""
+from orchestrator.plain_scoring import mean_pooled, with_adapter
 
 
 class Question(BaseModel):
@@ -54,10 +53,10 @@ class Peft:
         if is_merged:
             for task, path in self.paths.items():
                 fresh = AutoModel.from_pretrained(base_folder, dtype=torch.float32)
-                self.merged[task] = PeftModel.from_pretrained(fresh, path).merge_and_unload().eval()
+                self.merged[task] = with_adapter(fresh, path).merge_and_unload().eval()
         else:
             first, *_ = self.paths
-            self.model = PeftModel.from_pretrained(base, self.paths[first], adapter_name=first).eval()
+            self.model = with_adapter(base, self.paths[first], first)
 
     def load(self, task: str) -> None:
         """Load a task's adapter, where it is not there yet."""
@@ -70,7 +69,7 @@ class Peft:
         model = self.merged.get(task) or self.model
         if isinstance(model, PeftModel):
             model.set_adapter(task)
-        scores_BL = SCALE * self._pooled(model, texts) @ self.labels_LH.T
+        scores_BL = COSINE_SCALE * self._pooled(model, texts) @ self.labels_LH.T
         names = [label for label, _ in FORMAT.labels]
         return [dict(zip(names, row, strict=True)) for row in scores_BL.softmax(-1).tolist()]
 
@@ -78,8 +77,7 @@ class Peft:
         assert model is not None
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=FORMAT.max_length_tokens, return_tensors="pt")
         hidden_BTH = model(**batch).last_hidden_state
-        weights_BT1 = batch["attention_mask"][..., None].float()
-        return F.normalize((hidden_BTH * weights_BT1).sum(1) / weights_BT1.sum(1), dim=-1)
+        return F.normalize(mean_pooled(hidden_BTH, batch["attention_mask"]), dim=-1)
 
 
 def plain_server(folder: Path, *, is_merged: bool) -> FastAPI:

@@ -8,14 +8,12 @@ Dims: T positions, V vocabulary, H hidden.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -27,6 +25,7 @@ from multilora.prompt import encode_prompt, label_wordings
 from multilora.spec import BaseSpec
 from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem
+from orchestrator.plain_scoring import with_adapter
 from orchestrator.rungs import Reply, RungAnswers
 from serve.answer import Answer
 from serve.engine import Engine, Work
@@ -124,10 +123,7 @@ class PlainSystem:
 
     def load_adapter(self, folder: Path) -> None:
         """Put the adapter on, its weights in the base's dtype as they are when served."""
-        with warnings.catch_warnings():
-            # PEFT only warns, and would answer as the base.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            self._model = PeftModel.from_pretrained(self._model, str(folder), autocast_adapter_dtype=False).eval()
+        self._model = with_adapter(self._model, folder)
         self._temperature = self._card.temperature
 
     @torch.inference_mode()
