@@ -19,8 +19,10 @@ FLOORS = {  # lowest first; a new module gets its place here
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
     "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
-    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
-    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
+    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables "
+    "compare_result compare_store compare_advice compare_plots compare_table compare_page compare_worker compare "
+    "batch_files batch cli_options "
+    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_compare cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -44,6 +46,8 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.judge
     orchestrator.methods orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
+    orchestrator.compare_result orchestrator.compare_store orchestrator.compare_advice orchestrator.compare_plots
+    orchestrator.compare_table orchestrator.compare_page
     orchestrator.batch_files orchestrator.tables orchestrator.cli"""
 
 

@@ -1,0 +1,27 @@
+"""The parts of a comparison, on a worker: who runs each. A part has a worker task of its own, so a fresh base and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from multilora.base_model import FrozenBase, load_base
+from multilora.errors import RequestError
+from orchestrator.methods import Bench, MethodRow, Part
+
+RowsOf = Callable[[Bench], Iterator[MethodRow]]
+
+
+def over_base(rows: Callable[[Bench, FrozenBase], Iterator[MethodRow]]) -> RowsOf:
+    """Give a part the loaded base."""
+    return lambda bench: rows(bench, load_base(bench.spec.base))
+
+
+PARTS: Mapping[Part, RowsOf] = {}
+"""A part that must set up its own base is given the bench alone."""
+
+
+def part_rows(part: Part, bench: Bench) -> Iterator[MethodRow]:
+    """Give the rows of a part as it finds them. Raises whatever it raises, RequestError where nobody runs the part."""
+    if part not in PARTS:
+        raise RequestError(f"this version has no methods for the part {part}")
+    yield from PARTS[part](bench)
