@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 compare_app = typer.Typer(rich_markup_mode="rich")
 NUM_SEEDS, SIZES = 3, "25,50,100,200,500"
 QUICK_SEEDS, QUICK_SIZES = 1, "25,100"
+EXIT_INTERRUPTED = 130
 
 
 @compare_app.command(epilog="Example: orchestrator compare tasks/client-talk.yaml --parts prompting,curve --sizes 25,50,100")
 def compare(
-    task: Annotated[str, typer.Argument(help="Task spec file; with --show the task's name.", metavar="TASK.yaml")],
+    task: Annotated[str, typer.Argument(help="Task spec file; with --show its name will do.", metavar="TASK.yaml")],
     parts: Annotated[
         str | None, typer.Option("--parts", help="Some of baselines, prompting, variants, alone, curve, merged; default: all.")
     ] = None,
@@ -39,10 +40,12 @@ def compare(
     """
     config = config_of(workspace)
     if show:
+        from multilora.spec_files import load_task_specs
         from orchestrator.compare_store import newest
 
         with errors():
-            store = newest(config.compare_dir, task)
+            name = load_task_specs([task])[0].name if task.endswith((".yaml", ".yml")) else task
+            store = newest(config.compare_dir, name)
             _report(store.load(), store.folder, markdown, as_json)
         return
 
@@ -54,7 +57,11 @@ def compare(
     if quick:
         say(f"quick: {num_seeds} seed{'' if num_seeds == 1 else 's'}, sizes {', '.join(map(str, wanted))}: a first look")
     with errors():
-        found = run(config, Path(task), parts=chosen, seeds=range(num_seeds), sizes=wanted, on_progress=say)
+        try:
+            found = run(config, Path(task), parts=chosen, seeds=range(num_seeds), sizes=wanted, on_progress=say)
+        except KeyboardInterrupt:
+            say("interrupted: every row so far is stored, the same command goes on")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         _report(found, config.compare_dir / found.order.task / found.order.key, markdown, as_json)
     raise typer.Exit(1 if any(part in found.failed for part in chosen) else 0)
 

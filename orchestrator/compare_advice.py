@@ -50,11 +50,14 @@ def advise(found: MethodComparison) -> Advice:
         headline = (
             f"Nothing was trained: {name_of(rivals[0])} is right for {_accuracy(found, rivals[0])}. What an adapter would add: "
         )
-        return Advice("warn", headline + "orchestrator compare --parts curve.", (_costs(rivals), *missing))
+        return Advice(
+            "warn", f"{headline}orchestrator compare {found.order.task}.yaml --parts curve.", (_costs(rivals), *missing)
+        )
     details = (_costs([own, *rivals]), *_outlook(found), *_others(found), *missing)
     if not rivals:
         headline = f"{_trained(own)} is right for {_accuracy(found, own)}. Whether a prompt would do: "
-        return Advice("warn", headline + "orchestrator compare --parts baselines,prompting.", details)
+        command = f"orchestrator compare {found.order.task}.yaml --parts baselines,prompting"
+        return Advice("warn", f"{headline}{command}.", details)
     return _verdict(found, own, rivals, details)
 
 

@@ -10,12 +10,16 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from orchestrator.compare_result import MethodComparison
 from orchestrator.methods import Part, Summary
@@ -55,7 +59,9 @@ OFFSETS = [
     for rise in rises
     for side in (1, -1)
 ]
-"""Where a label may stand beside its mark, nearest first."""
+"""Where a label may stand beside its mark in points, nearest first."""
+FAR, MARGIN = 10, 8
+"""From where on a line leads to the mark; how far a label may reach past the frame."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def _by_examples(found: MethodComparison) -> Figure | None:
     last = max(one.num_train for one in shown if one.part == "curve")
     named = [mark for mark in marks if mark.summary.part != "curve" or mark.x == last]
     lines = [Mark(axes.get_xlim()[0] * 1.05, one) for one in free]
-    _label(axes, [*lines, *_notable(named)], marks)
+    _label(axes, [*lines, *_notable(named)])
     return figure
 
 
@@ -113,7 +119,7 @@ def _by_training(found: MethodComparison) -> Figure | None:
         axes.axvline(nothing * 2, color=LINE, linewidth=1)
         ticks = [tick for tick in axes.get_xticks() if tick > nothing * 2]
         axes.set_xticks([nothing, *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
-    _label(axes, _notable(marks), marks)
+    _label(axes, _notable(marks))
     return figure
 
 
@@ -124,7 +130,7 @@ def _by_answering(found: MethodComparison) -> Figure | None:
     if not marks:
         return None
     figure, axes = _axes("milliseconds a text", marks, list(largest.values()))
-    _label(axes, _notable(marks), marks)
+    _label(axes, _notable(marks))
     return figure
 
 
@@ -182,39 +188,45 @@ def _beats(one: Mark, other: Mark) -> bool:
     return is_no_worse and (one.x, one.summary.accuracy) != (other.x, other.summary.accuracy)
 
 
-def _label(axes: Axes, named: Sequence[Mark], marks: Sequence[Mark]) -> None:
-    """Write names beside marks, each at the nearest place that covers no mark and no other name, else where it covers least."""
-    places = [axes.transData.transform((mark.x, mark.summary.accuracy)) for mark in marks]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
-    frame = axes.get_window_extent()
+def _label(axes: Axes, named: Sequence[Mark]) -> None:
+    """Write names beside marks, each at the nearest place that covers nothing drawn and no other name, else where least."""
+    ink_P2, frame, taken = _ink(axes), axes.get_window_extent(), list[Bbox]()
     for mark in named:
-        text = axes.annotate(
-            mark.name,
-            (mark.x, mark.summary.accuracy),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            color=COLOURS[mark.summary.part],
-        )
-        tried = []
-        for right, up in OFFSETS:
-            text.set(position=(right, up), ha="left" if right > 0 else "right")
-            box = text.get_window_extent()
-            outside = (
-                box.width
-                - max(min(box.x1, frame.x1 + 8) - max(box.x0, frame.x0), 0)
-                + max(frame.y0 - box.y0, box.y1 - frame.y1, 0)
-            )
-            covered = sum(inter.width * inter.height for other in taken if (inter := Bbox.intersection(box, other)))
-            tried.append((covered + 40 * outside, (right, up), box))
-            if covered + outside <= 0.01:
-                break
-        _, (right, up), box = min(tried, key=lambda one: one[0])
-        text.set(position=(right, up), ha="left" if right > 0 else "right")
-        if abs(up) > 10:
-            where = axes.transData.inverted().transform((box.x0 if right > 0 else box.x1, (box.y0 + box.y1) / 2))
-            axes.plot([mark.x, where[0]], [mark.summary.accuracy, where[1]], color=COLOURS[mark.summary.part], linewidth=0.5)
+        place, colour = (mark.x, mark.summary.accuracy), COLOURS[mark.summary.part]
+        text = axes.annotate(mark.name, place, textcoords="offset points", va="center", fontsize=9, color=colour)
+
+        def stand(offset: tuple[float, float], text: Annotation = text) -> Bbox:
+            text.set(position=offset, ha="left" if offset[0] > 0 else "right")
+            return text.get_window_extent()
+
+        costs = [_cost(stand(offset), ink_P2, frame, taken) for offset in OFFSETS]
+        offset = OFFSETS[costs.index(min(costs))]
+        box = stand(offset)
         taken.append(box)
+        if abs(offset[1]) > FAR:
+            edge = axes.transData.inverted().transform((box.x0 if offset[0] > 0 else box.x1, (box.y0 + box.y1) / 2))
+            axes.plot(*zip(place, edge, strict=True), color=colour, linewidth=0.5)
+
+
+def _ink(axes: Axes) -> NDArray[np.float64]:
+    """Points 3 pixels apart on everything drawn, P x 2."""
+    points = [np.empty((0, 2))]
+    for line in axes.lines:
+        corners_C2 = line.get_transform().transform(line.get_xydata())
+        points += [np.linspace(a, b, int(np.hypot(*(b - a)) / 3) + 2) for a, b in pairwise(corners_C2)]
+        if line.get_marker() not in ("None", None):
+            points += [corners_C2 + np.array([right, up]) for right in (-4, 0, 4) for up in (-4, 0, 4)]
+    return np.concatenate(points)
+
+
+def _cost(box: Bbox, ink_P2: NDArray[np.float64], frame: Bbox, taken: Sequence[Bbox]) -> float:
+    """What a name would cover there: points of ink, other names, and what is outside the plot."""
+    covered = ((ink_P2 > (box.x0, box.y0)) & (ink_P2 < (box.x1, box.y1))).all(axis=1).sum()
+    shared = sum(both.width * both.height for other in taken if (both := Bbox.intersection(box, other)))
+    outside = (
+        max(frame.x0 - box.x0, 0) + max(box.x1 - frame.x1 - MARGIN, 0) + max(frame.y0 - box.y0, 0) + max(box.y1 - frame.y1, 0)
+    )
+    return float(covered + shared + 10 * outside)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -94,12 +94,12 @@ def test_what_is_missing_for_an_answer_is_named():
     found = advise(comparison(*curve(100, 130, 158)))
     assert found.headline == (
         "An adapter trained with 400 examples is right for .790 (95 % interval .728 to .841) of 200 gate examples. "
-        "Whether a prompt would do: orchestrator compare --parts baselines,prompting."
+        "Whether a prompt would do: orchestrator compare mood.yaml --parts baselines,prompting."
     )
     found = advise(comparison(ZERO_SHOT))
     assert found.headline == (
         "Nothing was trained: the best prompt (zero-shot) is right for .490 (95 % interval .422 to .559) of 200 gate examples. "
-        "What an adapter would add: orchestrator compare --parts curve."
+        "What an adapter would add: orchestrator compare mood.yaml --parts curve."
     )
     assert {advise(comparison(*curve(100, 130, 158))).tone, found.tone} == {"warn"}
 
