@@ -50,7 +50,7 @@ def compare(
         return
 
     chosen = chosen_parts(parts)
-    wanted = chosen_sizes(sizes or (QUICK_SIZES if quick else SIZES))
+    wanted = chosen_sizes(sizes if sizes is not None else QUICK_SIZES if quick else SIZES)
     num_seeds = seeds or (QUICK_SEEDS if quick else NUM_SEEDS)
     from orchestrator.compare import compare as run
 

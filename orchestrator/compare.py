@@ -112,7 +112,7 @@ def reason_of(error: BaseException) -> str:
         cause = cause.cause
     first, *_ = str(cause).strip().splitlines() or [""]
     text = first if isinstance(cause, MultiLoraError) else f"{type(cause).__name__}: {first}"
-    return cut(text.encode(errors="replace").decode(), MAX_REASON)
+    return cut("".join(char if char.isprintable() else "?" for char in text), MAX_REASON)
 
 
 def record(registry: Registry, task: PreparedTask, found: MethodComparison, files: dict[str, str]) -> None:

@@ -69,19 +69,19 @@ def name_of(summary: Summary) -> str:
 
 def _verdict(found: MethodComparison, own: Summary, rivals: Sequence[Summary], details: tuple[str, ...]) -> Advice:
     """Hold the adapter against the best prompt and the best baseline, the more accurate one first."""
-    first, *others = [(rival, found.difference(own, rival)) for rival in rivals]
-    rival, gap = first
+    (rival, gap), *others = [(rival, found.difference(own, rival)) for rival in rivals]
     same = f"on the same {len(found.order.gold)} gate examples"
-    measured = f"{share(own.accuracy)} with {own.num_train} examples against {share(rival.accuracy)} for {name_of(rival)}"
-    more = "".join(f"; {name_of(other)} has {share(other.accuracy)} ({_interval(its_gap)})" for other, its_gap in others)
-    if all(one.low > 0 for _, one in (first, *others)):
-        return Advice("good", f"Train an adapter: {measured} (difference {_interval(gap)} {same}){more}.", details)
+    measured = f"{share(own.accuracy)} with {own.num_train} examples against {share(rival.accuracy)} for {name_of(rival)}."
+    more = "".join(f"; against {share(other.accuracy)} for {name_of(other)} {_interval(its_gap)}" for other, its_gap in others)
+    evidence = f"The difference is {_interval(gap)} {same}{more}."
+    if gap.low > 0 and all(its_gap.low > 0 for _, its_gap in others):
+        return Advice("good", f"Train an adapter: {measured}", (evidence, *details))
     if gap.high < 0:
-        return Advice("calm", f"Do without an adapter: {measured} (difference {_interval(gap)} {same}){more}.", details)
+        return Advice("calm", f"Do without an adapter: {measured}", (evidence, *details))
     needed = _needed(gap)
     enough = f" About {needed:,} gate examples would tell a difference of this size." if needed else ""
-    headline = f"Too close to call: the adapter has {measured} (difference {_interval(gap)} {same}){more}.{enough}"
-    return Advice("warn", f"{headline} Until then take what is cheaper.", details)
+    evidence += f"{enough} Until then take what is cheaper."
+    return Advice("warn", f"Too close to call: the adapter has {measured}", (evidence, *details))
 
 
 def _costs(summaries: Sequence[Summary]) -> str:
@@ -142,7 +142,7 @@ def _others(found: MethodComparison) -> tuple[str, ...]:
         return (f"None of {count} comes out above it; the best is {best.method} with {share(best.accuracy)}.",)
     gap = found.difference(best, own, 1 - (1 - LEVEL) / len(others))
     known = "is better still" if gap.is_shown else "is not shown better"
-    how = f", interval for {len(others)} comparisons" if len(others) > 1 else ""
+    how = f", corrected for {len(others)} comparisons" if len(others) > 1 else ""
     return (f"The best of {count}, {best.method}, {known}: {share(best.accuracy)} ({_interval(gap)}{how}).",)
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from orchestrator.compare_advice import advise
 from orchestrator.compare_plots import draw_plots
 from orchestrator.compare_result import MethodComparison
-from orchestrator.compare_table import NUMBERS, caption, cells_of, shown_columns
+from orchestrator.compare_table import INTERVALS, NUMBERS, caption, cells_of, shown_columns
 from orchestrator.files import write_whole
 from orchestrator.report_page import encoded, page_environment
 from orchestrator.report_text import plain
@@ -55,7 +55,8 @@ def page(found: MethodComparison, plots: dict[str, str]) -> str:
             advice=advise(found),
             plots={name: Markup(svg) for name, svg in plots.items()},  # made by matplotlib, which escapes
             cells=cells,
-            columns=[(name, heading, name in NUMBERS) for name, heading in shown_columns(cells)],
+            columns=[(name, heading) for name, heading in shown_columns(cells) if name not in ("part", *INTERVALS.values())],
+            intervals=INTERVALS,
             caption=caption(found),
             command=command_of(found),
             runs=[(row, "" if row.skipped else share(row.accuracy(found.order.gold))) for row in found.rows],

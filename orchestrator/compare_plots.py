@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -40,7 +40,8 @@ VARIABLES = {TEXT: "text", DIM: "dim", LINE: "line", **{colour: part for part, c
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compare",
-    "font.size": 10,
+    "font.size": 12,
+    "axes.titlesize": 12,
     "text.color": TEXT,
     "axes.edgecolor": LINE,
     "axes.labelcolor": DIM,
@@ -50,17 +51,17 @@ STYLE = {
     "axes.spines.right": False,
     "text.parse_math": False,
 }
-WIDTH, HEIGHT = 5.2, 4.0
+WIDTH, HEIGHT = 5.2, 4.4
 """Inches of 72 points: as wide as a phone, so that nothing shrinks below what can be read."""
-MAX_LABELS, MAX_NAME = 9, 34
+MIN_RATIO = 1.6
+MAX_LABELS, MAX_NAME, LABEL_SIZE = 8, 26, 11
 OFFSETS = [
-    (side * gap, rise)
-    for gap, rises in ((7, (0, 8, -8)), (9, (17, -17)), (14, (27, -27, 38, -38)))
-    for rise in rises
-    for side in (1, -1)
+    *((side * 8, rise) for rise in (0, 9, -9) for side in (1, -1)),
+    *((0, rise) for rise in (13, -13)),
+    *((side * 9, rise) for rise in (19, -19, 30, -30, 42, -42) for side in (1, 0, -1)),
 ]
 """Where a label may stand beside its mark in points, nearest first."""
-FAR, MARGIN = 10, 8
+FAR, MARGIN = 14, 8
 """From where on a line leads to the mark; how far a label may reach past the frame."""
 
 
@@ -91,6 +92,8 @@ def _by_examples(found: MethodComparison) -> Figure | None:
     if not any(mark.summary.part == "curve" for mark in marks):
         return None
     figure, axes = _axes("labelled examples", marks, shown)
+    ticks = _apart([mark.x for mark in marks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     for method in dict.fromkeys(one.method for one in shown if one.part == "curve"):
         line = sorted((one for one in shown if one.part == "curve" and one.method == method), key=lambda one: one.num_train)
         axes.plot([one.num_train for one in line], [one.accuracy for one in line], color=COLOURS["curve"], linewidth=1.6)
@@ -143,20 +146,19 @@ def _axes(x_label: str, marks: Sequence[Mark], shown: Sequence[Summary]) -> tupl
     """A logarithmic plot with every mark and its interval."""
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
     FigureCanvasAgg(figure)  # measures text
-    figure.subplots_adjust(left=0.11, right=0.97, top=0.93, bottom=0.13)
+    figure.subplots_adjust(left=0.1, right=0.97, top=0.92, bottom=0.13)
     axes = figure.subplots()
     axes.set_xscale("log")
     low, high = min(mark.x for mark in marks), max(mark.x for mark in marks)
     axes.set_xlim(low / 1.6, high * 1.6)
-    sizes = sorted({mark.x for mark in marks if mark.summary.part == "curve"}) if x_label == "labelled examples" else []
-    ticks = sizes or _log_ticks(low / 1.3, high * 1.3)
+    ticks = _log_ticks(low / 1.3, high * 1.3)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(x_label)
     bottom = min(one.interval[0] for one in shown)
     axes.set_ylim(max(bottom - 0.04, 0.0), min(max(one.interval[1] for one in shown) + 0.04, 1.02))
     axes.yaxis.set_major_formatter(lambda value, _: share(value).rstrip("0").rstrip(".") or "0")
-    axes.set_title("accuracy", loc="left", fontsize=10, color=DIM)
+    axes.set_title("accuracy", loc="left", color=DIM)
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     for mark in marks:
@@ -170,7 +172,16 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten, or the powers alone where that were too many."""
     powers = [10.0**power for power in range(-4, 8)]
     fine = [unit * power for power in powers for unit in (1, 2, 5) if low <= unit * power <= high]
-    return fine if len(fine) <= 6 else [power for power in powers if low <= power <= high]
+    return fine if len(fine) <= 7 else [power for power in powers if low <= power <= high]
+
+
+def _apart(values: Iterable[float]) -> list[float]:
+    """Those values, largest first, whose numbers do not touch on a logarithmic axis."""
+    kept = list[float]()
+    for value in sorted(set(values), reverse=True):
+        if not kept or kept[-1] / value >= MIN_RATIO:
+            kept.append(value)
+    return kept
 
 
 def _notable(marks: Sequence[Mark]) -> list[Mark]:
@@ -193,18 +204,19 @@ def _label(axes: Axes, named: Sequence[Mark]) -> None:
     ink_P2, frame, taken = _ink(axes), axes.get_window_extent(), list[Bbox]()
     for mark in named:
         place, colour = (mark.x, mark.summary.accuracy), COLOURS[mark.summary.part]
-        text = axes.annotate(mark.name, place, textcoords="offset points", va="center", fontsize=9, color=colour)
+        text = axes.annotate(mark.name, place, (0, 0), textcoords="offset points", va="center", fontsize=LABEL_SIZE, color=colour)
 
         def stand(offset: tuple[float, float], text: Annotation = text) -> Bbox:
-            text.set(position=offset, ha="left" if offset[0] > 0 else "right")
-            return text.get_window_extent()
+            text.set(position=offset, ha="left" if offset[0] > 0 else "right" if offset[0] < 0 else "center")
+            return text.get_window_extent().padded(2)  # browsers leave more room around letters
 
         costs = [_cost(stand(offset), ink_P2, frame, taken) for offset in OFFSETS]
         offset = OFFSETS[costs.index(min(costs))]
         box = stand(offset)
         taken.append(box)
         if abs(offset[1]) > FAR:
-            edge = axes.transData.inverted().transform((box.x0 if offset[0] > 0 else box.x1, (box.y0 + box.y1) / 2))
+            side = box.x0 if offset[0] > 0 else box.x1 if offset[0] < 0 else (box.x0 + box.x1) / 2
+            edge = axes.transData.inverted().transform((side, box.y0 if offset[1] > 0 else box.y1))
             axes.plot(*zip(place, edge, strict=True), color=colour, linewidth=0.5)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import filelock
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from multilora.errors import CapacityError, DataError, RequestError
 from orchestrator.compare_result import PARTS, CompareOrder, MethodComparison
@@ -111,5 +111,5 @@ def check_row(row: MethodRow, part: Part, num_gate: int) -> None:
 def _read(file: Path, kind: TypeAdapter[T]) -> T:
     try:
         return kind.validate_json(file.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{file} cannot be read: {error}; delete its folder and compare again") from error
+    except ValidationError as error:
+        raise DataError(f"{file} cannot be read: {error.errors()[0]['msg']}; delete its folder and compare again") from error

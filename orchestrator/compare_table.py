@@ -25,7 +25,8 @@ class MethodCells(NamedTuple):
     interval: str
     spread: str
     to_adapter: str
-    """Paired difference to the task's own adapter, with its interval."""
+    """Paired difference to the task's own adapter."""
+    to_adapter_interval: str
     ill_formed: str
     train_s: str
     ms_per_text: str
@@ -41,8 +42,9 @@ HEADINGS = MethodCells(
     seeds="seeds",
     accuracy="accuracy",
     interval="95 % interval",
-    spread="spread over seeds",
-    to_adapter="to the adapter (95 %)",
+    spread="spread",
+    to_adapter="to the adapter",
+    to_adapter_interval="95 % interval",
     ill_formed="no label",
     train_s="training s",
     ms_per_text="ms a text",
@@ -52,6 +54,9 @@ HEADINGS = MethodCells(
 )
 NUMBERS = MethodCells._fields[2:-1]
 """Columns of numbers."""
+INTERVALS = {"accuracy": "interval", "to_adapter": "to_adapter_interval"}
+"""Columns whose interval a page can write beneath them."""
+PIPE_WIDTH = 240
 
 
 def cells_of(found: MethodComparison) -> list[MethodCells]:
@@ -71,14 +76,14 @@ def print_comparison(found: MethodComparison) -> None:
     columns = shown_columns(rows)
     table = table_of(*(heading for _, heading in columns))
     for column, (name, _) in zip(table.columns, columns, strict=True):
-        column.justify = "right" if name in NUMBERS else "left"
+        column.justify, column.no_wrap = ("right", True) if name in NUMBERS else ("left", False)
     for before, row in zip([None, *rows], rows, strict=False):
         is_same = before is not None and before.part == row.part
         if before and not is_same:
             table.add_section()
         shown = row._replace(part="") if is_same else row
         table.add_row(*(Text(getattr(shown, name)) for name, _ in columns))
-    print_rich(table)
+    print_rich(table, PIPE_WIDTH)
     print(caption(found))
     print(f"{found.order.task}: {advise(found).text}")
 
@@ -89,8 +94,8 @@ def caption(found: MethodComparison) -> str:
     seeds = f"{len(order.seeds)} seeds" if len(order.seeds) > 1 else "1 seed, so that no spread is known"
     counts = f"{len(order.gold)} gate examples, {order.num_train} training examples, {len(order.labels)} labels, {seeds}"
     return (
-        f"{counts}; base {order.base}. Interval: what other gate examples could have shown. "
-        "A method that writes freely is wrong where it wrote no label."
+        f"{counts}; base {order.base}. Interval: what other gate examples could have shown; spread: standard deviation over "
+        "seeds. A method that writes freely is wrong where it wrote no label."
     )
 
 
@@ -100,27 +105,23 @@ def _cells(found: MethodComparison, summary: Summary) -> MethodCells:
         empty = MethodCells(summary.part, summary.method, examples, *[""] * (len(HEADINGS) - 3))
         return empty._replace(note=f"skipped: {summary.skipped}")
     gap = found.to_own(summary)
-    many = summary.num_seeds > 1
     return MethodCells(
         part=summary.part,
         method=summary.method,
         examples=examples,
         seeds=str(summary.num_seeds),
         accuracy=share(summary.accuracy),
-        interval=_range(share(summary.interval[0]), share(summary.interval[1])),
-        spread=f"{share(summary.spread)} ({_range(share(summary.lowest), share(summary.highest))})" if many else "",
-        to_adapter=f"{signed_share(gap.value)} ({_range(signed_share(gap.low), signed_share(gap.high))})" if gap else "",
+        interval=f"{share(summary.interval[0])}-{share(summary.interval[1])}",
+        spread=share(summary.spread) if summary.num_seeds > 1 else "",
+        to_adapter=signed_share(gap.value) if gap else "",
+        to_adapter_interval=f"{signed_share(gap.low)} to {signed_share(gap.high)}" if gap else "",
         ill_formed=percent(summary.ill_formed) if summary.ill_formed else "",
         train_s=_number(summary.train_s) if summary.train_s else "",
         ms_per_text=_number(summary.ms_per_text) if summary.ms_per_text else "",
         trained=f"{summary.num_trained:,}" if summary.num_trained else "",
         disk=size(summary.disk_bytes) if summary.disk_bytes else "",
-        note="; ".join(part for part in ("this is the adapter" if summary is found.own else "", summary.note) if part),
+        note="; ".join(part for part in ("the others are held against it" if summary is found.own else "", summary.note) if part),
     )
-
-
-def _range(low: str, high: str) -> str:
-    return f"{low} to {high}"
 
 
 def _number(value: float) -> str:

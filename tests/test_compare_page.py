@@ -112,11 +112,12 @@ def test_cells_say_spread_interval_difference_and_what_is_unknown_is_empty():
     by_name = {(cells.method, cells.examples): cells for cells in cells_of(rich())}
     own = by_name["adapter", "400"]
     assert (own.accuracy, own.seeds, own.to_adapter) == (".788", "3", "")
-    assert own.spread == ".013 (.775 to .800)"
-    assert own.note == "this is the adapter"
+    assert own.spread == ".013"
+    assert own.note == "the others are held against it"
     assert (own.train_s, own.ms_per_text, own.trained, own.disk) == ("40", "3.4", "9,000", "1.3 MB")
     zero_shot = by_name["zero-shot", ""]
-    assert re.fullmatch(rf"{MINUS}\.298 \({MINUS}\.3\d\d to {MINUS}\.2\d\d\)", zero_shot.to_adapter)
+    assert zero_shot.to_adapter == f"{MINUS}.298"
+    assert re.fullmatch(rf"{MINUS}\.3\d\d to {MINUS}\.2\d\d", zero_shot.to_adapter_interval)
     assert (zero_shot.spread, zero_shot.ill_formed, zero_shot.train_s) == ("", "", "")
     assert by_name["zero-shot, written freely", ""].ill_formed == "25.0 %"
     skipped = by_name["IA3", ""]
