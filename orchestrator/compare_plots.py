@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
+from matplotlib.typing import RcKeyType
 from numpy.typing import NDArray
 
 from orchestrator.compare_result import MethodComparison
@@ -37,7 +39,7 @@ MARKERS: dict[Part, str] = {"baselines": "D", "prompting": "s", "variants": "^",
 """A part is known by its marker, too."""
 TEXT, DIM, LINE = "#1a1d23", "#565e6c", "#d5d9e0"
 VARIABLES = {TEXT: "text", DIM: "dim", LINE: "line", **{colour: part for part, colour in COLOURS.items()}}
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compare",
     "font.size": 12,
