@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -207,7 +208,7 @@ def compared(tmp_path, base_folder, registry):
     """A spec, and settings over the session's registry; the task's rows are stored already, so that no worker is needed."""
     rows = [{"text": f"text {number}", "label": "good" if number % 2 else "bad"} for number in range(40)]
     spec = write_spec(tmp_path, "compared", rows, str(base_folder("encoder")), {"good": None, "bad": None})
-    config = OrchestratorConfig(workspace=tmp_path / "workspace", tracking_uri=registry.tracking_uri)
+    config = OrchestratorConfig(workspace=Path(registry.tracking_uri.removeprefix("sqlite:///")).parent)
 
     def interrupt(_):
         raise KeyboardInterrupt  # before Ray is asked for anything
