@@ -28,7 +28,7 @@ def rows_of(part, bench):
             raise ValueError("no such layer")
         while number == 2 and part == "prompting" and not (bench.folder / "go").exists():
             time.sleep(0.05)
-        yield MethodRow(part, f"method {number}", bench.gold, number, train_s=float(os.getpid()), ms_per_text=1.0)
+        yield from [MethodRow(part, f"method {number}", bench.gold, number, train_s=float(os.getpid()), ms_per_text=1.0)]
 
 config = OrchestratorConfig.from_environment()
 parts = ("baselines", "prompting", "variants", "curve")
