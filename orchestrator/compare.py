@@ -180,6 +180,6 @@ def _identity(row: MethodRow) -> tuple[str, int, int]:
 
 
 def _line(row: MethodRow, gold: Sequence[str]) -> str:
-    examples = f", {row.num_train} examples" if row.num_train else ""
+    examples = f" ({row.num_train} examples)" if row.num_train > 1 else ""
     result = f"skipped: {row.skipped}" if row.skipped else share(row.accuracy(gold))
     return f"{row.part}: {row.method}{examples}, seed {row.seed}: {result}"

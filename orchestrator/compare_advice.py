@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from orchestrator.compare_result import LEVEL, TRAINED, Difference, MethodComparison
-from orchestrator.methods import Summary
+from orchestrator.compare_result import LEVEL, WITH_ADAPTERS, Difference, MethodComparison
+from orchestrator.methods import Part, Summary
 from orchestrator.power import examples_needed
 from orchestrator.report_words import duration, listed, share, signed_share, size
 
@@ -40,30 +40,26 @@ class Advice:
 def advise(found: MethodComparison) -> Advice:
     """Say whether the adapter is worth its training, what it costs, what more labels would buy, and what else was tried."""
     own = found.own
-    rivals = [rival for part in ("prompting", "baselines") if (rival := found.best(part))]
+    parts: tuple[Part, ...] = ("prompting", "baselines") if own else ("prompting", "baselines", "alone")
+    rivals = [rival for part in parts if (rival := found.best(part))]
     rivals.sort(key=lambda rival: -rival.accuracy)
-    missing = _missing(found)
+    missing, command = _missing(found), f"orchestrator compare {found.order.task}.yaml --parts"
     if own is None and not rivals:
         reasons = listed(list(dict.fromkeys(row.skipped for row in found.rows if row.skipped)) or ["no part gave a row"])
         return Advice("warn", f"Nothing could be compared: {reasons}.", missing)
     if own is None:
-        headline = (
-            f"Nothing was trained: {name_of(rivals[0])} is right for {_accuracy(found, rivals[0])}. What an adapter would add: "
-        )
-        return Advice(
-            "warn", f"{headline}orchestrator compare {found.order.task}.yaml --parts curve.", (_costs(rivals), *missing)
-        )
+        known = f"The adapter was not tried: {name_of(rivals[0])} is right for {_accuracy(found, rivals[0])}."
+        return Advice("warn", f"{known} What it would add: {command} curve.", (_costs(rivals), *missing))
     details = (_costs([own, *rivals]), *_outlook(found), *_others(found), *missing)
     if not rivals:
-        headline = f"{_trained(own)} is right for {_accuracy(found, own)}. Whether a prompt would do: "
-        command = f"orchestrator compare {found.order.task}.yaml --parts baselines,prompting"
-        return Advice("warn", f"{headline}{command}.", details)
+        known = f"An adapter trained with {own.num_train} examples is right for {_accuracy(found, own)}."
+        return Advice("warn", f"{known} Whether a prompt would do: {command} baselines,prompting.", details)
     return _verdict(found, own, rivals, details)
 
 
 def name_of(summary: Summary) -> str:
     """A method as a sentence names it."""
-    kind = {"prompting": "the best prompt", "baselines": "the best baseline"}.get(summary.part)
+    kind = {"prompting": "the best prompt", "baselines": "the best baseline", "alone": "the best of part alone"}.get(summary.part)
     return f"{kind} ({summary.method})" if kind else summary.method
 
 
@@ -88,7 +84,7 @@ def _costs(summaries: Sequence[Summary]) -> str:
     def cost(summary: Summary) -> str:
         training = f"{duration(summary.train_s)} of training" if summary.train_s else "no training"
         kept = f", {size(summary.disk_bytes)} beside the base" if summary.disk_bytes else ""
-        name = "the adapter" if summary.part in TRAINED else name_of(summary)
+        name = "the adapter" if summary.part in WITH_ADAPTERS else name_of(summary)
         return f"{name} {training}, {duration(summary.ms_per_text / 1000)} a text{kept}"
 
     return f"Cost: {'; '.join(map(cost, summaries))}."
@@ -151,10 +147,6 @@ def _missing(found: MethodComparison) -> tuple[str, ...]:
     failed = [f"{part} failed ({reason})" for part, reason in found.failed.items()]
     parts = [*failed, *(f"{part} was cut off" for part in found.cut_off)]
     return (f"Not complete: {'; '.join(parts)}; the same command goes on.",) if parts else ()
-
-
-def _trained(own: Summary) -> str:
-    return f"An adapter trained with {own.num_train} examples"
 
 
 def _accuracy(found: MethodComparison, summary: Summary) -> str:

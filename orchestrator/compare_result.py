@@ -11,8 +11,8 @@ from orchestrator.methods import MethodRow, Part, Summary, summarise
 from orchestrator.paired import tango_interval
 
 PARTS: tuple[Part, ...] = get_args(Part)
-TRAINED: tuple[Part, ...] = ("curve", "variants", "alone")
-"""Parts whose methods change parameters; the first of them that ran has the adapter that the others are held against."""
+WITH_ADAPTERS: tuple[Part, ...] = ("curve", "variants")
+"""Parts that train the task's own adapter; the first of them that ran has the one that all others are held against."""
 LEVEL = 0.95
 
 
@@ -104,7 +104,7 @@ class MethodComparison:
 
         It is named before anybody looks at an accuracy, so that it is not the luckiest of many.
         """
-        for part in TRAINED:
+        for part in WITH_ADAPTERS:
             if ran := self.ran(part):
                 return max((one for one in ran if one.method == ran[0].method), key=lambda one: one.num_train)
         return None

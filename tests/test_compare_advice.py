@@ -97,10 +97,13 @@ def test_what_is_missing_for_an_answer_is_named():
     )
     found = advise(comparison(ZERO_SHOT))
     assert found.headline == (
-        "Nothing was trained: the best prompt (zero-shot) is right for .490 (95 % interval .422 to .559) of 200 gate examples. "
-        "What an adapter would add: orchestrator compare mood.yaml --parts curve."
+        "The adapter was not tried: the best prompt (zero-shot) is right for .490 (95 % interval .422 to .559) of 200 gate "
+        "examples. What it would add: orchestrator compare mood.yaml --parts curve."
     )
     assert {advise(comparison(*curve(100, 130, 158))).tone, found.tone} == {"warn"}
+    alone = advise(comparison(ZERO_SHOT, row("alone", "IA3", range(150), 400, train_s=9.0)))
+    assert alone.headline.startswith("The adapter was not tried: the best of part alone (IA3) is right for .750 ")
+    assert alone.details[0].startswith("Cost: the best of part alone (IA3) 9.0 s of training")
 
 
 def test_where_nothing_ran_the_reasons_are_said():
