@@ -56,7 +56,7 @@ STYLE: dict[RcKeyType, Any] = {
 WIDTH, HEIGHT = 5.2, 4.4
 """Inches of 72 points: as wide as a phone, so that nothing shrinks below what can be read."""
 MIN_RATIO = 1.6
-MAX_LABELS, MAX_NAME, LABEL_SIZE = 8, 26, 11
+MAX_NAME, LABEL_SIZE = 26, 11
 OFFSETS = [
     *((side * 8, rise) for rise in (0, 9, -9) for side in (1, -1)),
     *((0, rise) for rise in (13, -13)),
@@ -108,7 +108,8 @@ def _by_examples(found: MethodComparison) -> Figure | None:
     last = max(one.num_train for one in shown if one.part == "curve")
     named = [mark for mark in marks if mark.summary.part != "curve" or mark.x == last]
     lines = [Mark(axes.get_xlim()[0] * 1.05, one) for one in free]
-    _label(axes, [*lines, *_notable(named)])
+    chosen, others = _best_and_frontier(named)
+    _label(axes, [*lines, *chosen], others)
     return figure
 
 
@@ -124,7 +125,7 @@ def _by_training(found: MethodComparison) -> Figure | None:
         axes.axvline(nothing * 2, color=LINE, linewidth=1)
         ticks = [tick for tick in axes.get_xticks() if tick > nothing * 2]
         axes.set_xticks([nothing, *ticks], ["none", *(f"{tick:g}" for tick in ticks)])
-    _label(axes, _notable(marks))
+    _label(axes, *_best_and_frontier(marks))
     return figure
 
 
@@ -135,7 +136,7 @@ def _by_answering(found: MethodComparison) -> Figure | None:
     if not marks:
         return None
     figure, axes = _axes("milliseconds a text", marks, list(largest.values()))
-    _label(axes, _notable(marks))
+    _label(axes, *_best_and_frontier(marks))
     return figure
 
 
@@ -186,14 +187,14 @@ def _apart(values: Iterable[float]) -> list[float]:
     return kept
 
 
-def _notable(marks: Sequence[Mark]) -> list[Mark]:
-    """Marks worth a label, best first: what nothing cheaper beats, and the best of every part."""
+def _best_and_frontier(marks: Sequence[Mark]) -> tuple[list[Mark], list[Mark]]:
+    """The best of every part, and further marks that nothing cheaper beats, best first."""
+    ordered = sorted(marks, key=lambda mark: (-mark.summary.accuracy, mark.x))
     best: dict[str, Mark] = {}
-    for mark in sorted(marks, key=lambda mark: (-mark.summary.accuracy, mark.x)):
+    for mark in ordered:
         best.setdefault(mark.summary.part, mark)
-    frontier = [mark for mark in marks if not any(_beats(other, mark) for other in marks)]
-    chosen = {id(mark): mark for mark in (*best.values(), *frontier)}
-    return sorted(chosen.values(), key=lambda mark: (mark not in best.values(), -mark.summary.accuracy))[:MAX_LABELS]
+    others = [mark for mark in ordered if mark not in best.values() and not any(_beats(other, mark) for other in marks)]
+    return list(best.values()), others
 
 
 def _beats(one: Mark, other: Mark) -> bool:
@@ -201,10 +202,13 @@ def _beats(one: Mark, other: Mark) -> bool:
     return is_no_worse and (one.x, one.summary.accuracy) != (other.x, other.summary.accuracy)
 
 
-def _label(axes: Axes, named: Sequence[Mark]) -> None:
-    """Write names beside marks, each at the nearest place that covers nothing drawn and no other name, else where least."""
+def _label(axes: Axes, named: Sequence[Mark], others: Sequence[Mark]) -> None:
+    """Write names beside marks, each at the nearest place that covers nothing drawn and no other name, else where least.
+
+    Those of `others` are left out where there is no such place close by.
+    """
     ink_P2, frame, taken = _ink(axes), axes.get_window_extent(), list[Bbox]()
-    for mark in named:
+    for mark in (*named, *others):
         place, colour = (mark.x, mark.summary.accuracy), COLOURS[mark.summary.part]
         text = axes.annotate(mark.name, place, (0, 0), textcoords="offset points", va="center", fontsize=LABEL_SIZE, color=colour)
 
@@ -214,6 +218,9 @@ def _label(axes: Axes, named: Sequence[Mark]) -> None:
 
         costs = [_cost(stand(offset), ink_P2, frame, taken) for offset in OFFSETS]
         offset = OFFSETS[costs.index(min(costs))]
+        if mark in others and (min(costs) > 0 or abs(offset[1]) > FAR):
+            text.remove()
+            continue
         box = stand(offset)
         taken.append(box)
         if abs(offset[1]) > FAR:

@@ -79,6 +79,8 @@ def duration(seconds: float) -> str:
 
 def size(num_bytes: float) -> str:
     """A size on disk as people read it."""
+    if num_bytes < 1e3:
+        return f"{num_bytes:.0f} B"
     return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e5 else f"{num_bytes / 1e6:.1f} MB"
 
 

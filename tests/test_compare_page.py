@@ -17,7 +17,7 @@ from orchestrator.compare_plots import draw_plots
 from orchestrator.compare_result import MethodComparison
 from orchestrator.compare_table import cells_of, print_comparison, shown_columns
 from orchestrator.methods import MethodRow
-from orchestrator.report_words import MINUS
+from orchestrator.report_words import MINUS, duration, share, signed_share, size
 
 CHROMIUM = shutil.which("chromium")
 EVIL = "<img src=x onerror=document.title='owned'> $x^2 \\frac | `_*[a](javascript:b) \x07\u202e &amp;"
@@ -208,3 +208,20 @@ def _overlap(a, b) -> float:
     wide = min(a["x"] + a["width"], b["x"] + b["width"]) - max(a["x"], b["x"])
     high = min(a["y"] + a["height"], b["y"] + b["height"]) - max(a["y"], b["y"])
     return max(wide, 0) * max(high, 0)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ((share(0.7891), share(0.0), share(1.0), share(0.9996)), (".789", ".000", "1.000", "1.000")),
+        (
+            (signed_share(0.0312), signed_share(-0.5), signed_share(-0.0004), signed_share(1.0)),
+            ("+.031", f"{MINUS}.500", ".000", "+1.000"),
+        ),
+        ((duration(0.00004), duration(0.0034), duration(0.34), duration(4.2)), ("0.04 ms", "3.4 ms", "340 ms", "4.2 s")),
+        ((duration(26.4), duration(119), duration(121), duration(7200)), ("26 s", "119 s", "2 min", "120 min")),
+        ((size(8), size(5400), size(1_310_000), size(91_000_000)), ("8 B", "5 kB", "1.3 MB", "91.0 MB")),
+    ],
+)
+def test_numbers_are_written_as_people_read_them(written, expected):
+    assert written == expected
