@@ -68,9 +68,12 @@ class BaseFiles:
     """Longest input in tokens that the base has positions for, or was trained on; None where positions are relative (T5)."""
 
 
-def find_base(spec: BaseSpec) -> BaseFiles:
-    """Locate a base (local folder, installed wheel, hub cache, hub) and fingerprint it. Raises SpecError if it cannot."""
-    folder = _locate(spec)
+def find_base(spec: BaseSpec, *, is_offline: bool = False) -> BaseFiles:
+    """Locate a base (local folder, installed wheel, hub cache, hub unless `is_offline`) and fingerprint it.
+
+    Raises SpecError if it cannot.
+    """
+    folder = _locate(spec, is_offline)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -97,7 +100,7 @@ def find_base(spec: BaseSpec) -> BaseFiles:
     )
 
 
-def _locate(spec: BaseSpec) -> Path:
+def _locate(spec: BaseSpec, is_offline: bool) -> Path:
     if spec.model.startswith("/"):
         return Path(spec.model)
     embedded = EMBEDDED.get(spec.model)
@@ -109,7 +112,9 @@ def _locate(spec: BaseSpec) -> Path:
             raise _problem(spec, rule, f"reinstall the package {embedded.package}")
         return folder
     try:
-        return Path(snapshot_download(spec.model, revision=spec.revision, allow_patterns=HUB_PATTERNS))
+        return Path(
+            snapshot_download(spec.model, revision=spec.revision, allow_patterns=HUB_PATTERNS, local_files_only=is_offline)
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         rule = f"is neither installed, nor in the hub cache, nor can it be downloaded ({type(error).__name__})"
         raise _problem(spec, rule, "check the id and the network, or point to a local folder") from error

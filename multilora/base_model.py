@@ -21,7 +21,7 @@ from multilora.base_layers import make_layers_alike
 from multilora.errors import AdapterError, SpecError
 from multilora.spec import BaseSpec
 
-_AUTO_CLASS: dict[Family, Any] = {
+AUTO_CLASS: dict[Family, Any] = {
     "seq2seq": AutoModelForSeq2SeqLM,
     "causal": AutoModelForCausalLM,
     "encoder": AutoModel,
@@ -58,7 +58,7 @@ def load_base(spec: BaseSpec, device: str | None = None) -> FrozenBase:
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    model, loading = _AUTO_CLASS[files.family].from_pretrained(
+    model, loading = AUTO_CLASS[files.family].from_pretrained(
         files.folder,
         dtype=getattr(torch, spec.dtype),
         quantization_config=quantization_config_of(spec),

@@ -18,6 +18,8 @@ from orchestrator.cli_batch import batch_app
 from orchestrator.cli_compare import compare_app
 from orchestrator.cli_endpoint import endpoint_app
 from orchestrator.cli_evidence import evidence_app
+from orchestrator.cli_export import export_app
+from orchestrator.cli_init import init_app
 from orchestrator.cli_keys import keys_app
 from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
 from orchestrator.cli_router import router_app
@@ -32,10 +34,12 @@ app = typer.Typer(
     help="Train one LoRA adapter per task over one shared base model, judge, promote and serve it.\n\n"
     "Start with: orchestrator submit tasks/*.yaml",
 )
+app.add_typer(init_app)
 app.add_typer(submit_app)
 app.add_typer(aliases_app)
 app.add_typer(evidence_app)
 app.add_typer(compare_app)
+app.add_typer(export_app)
 app.add_typer(endpoint_app)
 app.add_typer(batch_app)
 app.add_typer(keys_app, name="key")

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 from multilora.base_model import FrozenBase, load_base
 from multilora.errors import RequestError
+from orchestrator.baselines import baseline_rows
 from orchestrator.methods import Bench, MethodRow, Part
+from orchestrator.prompting import prompting_rows
 
 RowsOf = Callable[[Bench], Iterator[MethodRow]]
 
@@ -16,7 +18,7 @@ def over_base(rows: Callable[[Bench, FrozenBase], Iterator[MethodRow]]) -> RowsO
     return lambda bench: rows(bench, load_base(bench.spec.base))
 
 
-PARTS: Mapping[Part, RowsOf] = {}
+PARTS: Mapping[Part, RowsOf] = {"baselines": over_base(baseline_rows), "prompting": over_base(prompting_rows)}
 """A part that must set up its own base is given the bench alone."""
 
 

@@ -1,4 +1,4 @@
-"""Training examples that are, exactly or nearly, gate examples of some task: they would make a gate flatter.
+"""Examples that are there twice, exactly or nearly, in training and in a gate split or in one file: they make a gate flatter.
 
 Nearly the same is a cosine similarity of character 5-grams of at least 0.9: a changed word in a sentence, not a changed topic.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.neighbors import NearestNeighbors
 
 NEAR = 0.9
 
@@ -38,13 +39,10 @@ class Overlap:
 
 def find_overlaps(train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequence[str]]) -> list[Overlap]:
     """Compare the training texts of every task with the gate texts of every task, its own included."""
-    vectorizer = HashingVectorizer(
-        analyzer="char_wb", ngram_range=(5, 5), n_features=2**20, alternate_sign=False, dtype=np.float32
-    )
-    gates = {task: (set(map(_normalised, texts)), vectorizer.transform(texts).T.tocsc()) for task, texts in gate.items() if texts}
+    gates = {task: (set(map(_normalised, texts)), _vectors(texts).T.tocsc()) for task, texts in gate.items() if texts}
     found = []
     for train_task, texts in train.items():
-        vectors = vectorizer.transform(texts) if texts else None
+        vectors = _vectors(texts) if texts else None
         for gate_task, (known, gate_vectors) in gates.items():
             if vectors is None:
                 continue
@@ -54,6 +52,25 @@ def find_overlaps(train: Mapping[str, Sequence[str]], gate: Mapping[str, Sequenc
                 sample = texts[int(np.argmax(exact)) if exact.any() else int(np.argmax(near))]
                 found.append(Overlap(train_task, gate_task, int(exact.sum()), int((near & ~exact).sum()), sample))
     return found
+
+
+def near_texts(texts: Sequence[str]) -> dict[int, int]:
+    """Texts that are equal to or nearly the same as another: position -> that of the nearest one.
+
+    Time grows with the square of their number.
+    """
+    if len(texts) < 2:
+        return {}
+    distances, nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(_vectors(texts)).kneighbors()
+    return {index: int(nearest[index, 0]) for index in np.flatnonzero(distances[:, 0] <= 1 - NEAR).tolist()}
+
+
+def _vectors(texts: Sequence[str]) -> csr_matrix:
+    """Counts of character 5-grams, of length one."""
+    vectorizer = HashingVectorizer(
+        analyzer="char_wb", ngram_range=(5, 5), n_features=2**20, alternate_sign=False, dtype=np.float32
+    )
+    return vectorizer.transform(texts)
 
 
 def _nearest(vectors: csr_matrix, others: csr_matrix) -> np.ndarray:

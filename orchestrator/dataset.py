@@ -29,6 +29,11 @@ class Example:
     columns: dict[str, str]
     label: str
 
+    @property
+    def text(self) -> str:
+        """All input columns, one below the other."""
+        return "\n".join(self.columns.values())
+
 
 @dataclass(frozen=True)
 class TaskDataset:
@@ -80,6 +85,17 @@ def build_dataset(spec: TaskSpec) -> TaskDataset:
         notes.append(f"no training example has the label {', '.join(unseen)}")
     ordered = [tuple(examples) for examples in splits.values()]
     return TaskDataset(spec.name, ordered[0], ordered[1], ordered[2], _fingerprint(ordered), tuple(notes))
+
+
+def read_columns(file: Path) -> dict[str, list[str]]:
+    """Read the columns of a local file as `build_dataset` reads them, every cell as text. Raises DataError."""
+    if file.suffix.lower() not in LOCAL_SUFFIXES:
+        raise DataError(f"{file.name} is no file type that can be read; use {', '.join(LOCAL_SUFFIXES)}")
+    problems: list[Problem] = []
+    table = _load_table(file.name, "train", str(file), problems)
+    if problems:
+        raise DataError.of(problems)
+    return {name: list(map(_as_text, cells)) for name, cells in table.items()}
 
 
 def _read_examples(

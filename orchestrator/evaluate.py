@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
 from multilora.artifact import AdapterArtifact, TaskCard, read_artifact
 from multilora.base_model import load_base
@@ -16,8 +11,8 @@ from multilora.errors import AdapterError
 from multilora.fingerprint import fingerprint_of, zero_shot_fingerprint
 from multilora.scoring import SCORER_VERSION
 from multilora.spec import BaseSpec
-from orchestrator.dataset import Example
 from orchestrator.eval_report import EvalItem, EvalOutcome, EvalReport, Graded
+from orchestrator.plain_baselines import fit_tf_idf, majority_label, tf_idf_answers
 from serve.engine import Answer, Engine, Work
 
 NUM_SLOTS = 16
@@ -54,7 +49,7 @@ def evaluate(base: BaseSpec, items: Sequence[EvalItem], untouched: Sequence[Eval
             )
             labels = tuple(label for label, _ in artifact.card.labels)
             # Nothing but the base can be a baseline for text that is written.
-            for system, guesses in (("majority", _majority(item)), ("tf-idf", _tf_idf(item))) if labels else ():
+            for system, guesses in _plain_baselines(item).items() if labels else ():
                 plain = [Answer(guess, labels, tuple(float(name == guess) for name in labels), False) for guess in guesses]
                 reports[item.task, system] = _graded(item, system, artifact, plain, {})
     return EvalOutcome(reports, errors)
@@ -94,16 +89,8 @@ def _graded(
     )
 
 
-def _majority(item: EvalItem) -> list[str]:
-    return [Counter(example.label for example in item.train).most_common(1)[0][0]] * len(item.gate)
-
-
-def _tf_idf(item: EvalItem) -> list[str]:
-    """Word 1- and 2-grams, logistic regression with C = 10: a strong setting of what people run without a language model."""
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10.0, max_iter=2000))
-    model.fit([_text(example) for example in item.train], [example.label for example in item.train])
-    return [str(answer) for answer in model.predict([_text(example) for example in item.gate])]
-
-
-def _text(example: Example) -> str:
-    return "\n".join(example.columns.values())
+def _plain_baselines(item: EvalItem) -> dict[str, list[str]]:
+    return {
+        "majority": [majority_label(item.train)] * len(item.gate),
+        "tf-idf": tf_idf_answers(fit_tf_idf(item.train), item.gate),
+    }

@@ -25,6 +25,11 @@ def examples_needed(flip_rate: float, margin: float, alpha: float = ALPHA_MARGIN
     return math.ceil((_z(alpha) + Z_POWER) ** 2 * flip_rate / margin**2)
 
 
+def provable_margin(num_examples: int, flip_rate: float = FLIP_RATE) -> float:
+    """Smallest margin in whole points that so many examples can prove an unchanged task to keep, with 80 % power."""
+    return math.ceil(100 * (_z(ALPHA_MARGIN) + Z_POWER) * math.sqrt(flip_rate / num_examples)) / 100
+
+
 def detectable_drop(flip_rate: float, num_examples: int, alpha: float) -> float:
     """Smallest true drop of accuracy that is found with 80 % power, where `flip_rate` of the answers flip without any.
 
@@ -45,10 +50,9 @@ def power_warning(spec: TaskSpec, observed: float | None) -> str:
     if num_examples is None or num_examples >= needed:
         return ""
     known = "assumed" if observed is None else "seen last time"
-    enough = math.sqrt(needed / num_examples) * margin
     return (
         f"{num_examples} gate examples cannot prove {100 * margin:g} points at a flip rate of {100 * rate:.1f} % ({known}); "
-        f"{needed} can, or a gate.margin of {math.ceil(100 * enough) / 100:g}"
+        f"{needed} can, or a gate.margin of {provable_margin(num_examples, rate):g}"
     )
 
 

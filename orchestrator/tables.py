@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from orchestrator.aliases import VersionRow
     from orchestrator.cross import CrossMatrix
     from orchestrator.history import Cell, PromotionEvent
+    from orchestrator.inspect_data import Finding
     from orchestrator.plan import Plan
     from orchestrator.room import TrainingGroup
     from orchestrator.rungs import Ladder
     from orchestrator.status import TaskStatus
 
+FINDING_STYLES = {"fact": "dim", "look": "yellow", "corrected": "magenta"}
 MAX_FLIPS = 10
 """Kinds of live flips printed per pair."""
 
@@ -223,6 +225,14 @@ def print_router(router: str, card: RouterCard) -> None:
         f"(threshold {card.threshold:.3f}, chosen on the select splits: {percent(card.select.abstained)} and "
         f"{percent(card.select.precision)})"
     )
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print what was found in a file of labelled data."""
+    table = table_of("", "about", "found")
+    for finding in findings:
+        table.add_row(Text(finding.kind, FINDING_STYLES[finding.kind]), finding.about, finding.text)
+    print_rich(table)
 
 
 def table_of(*headings: str) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from multilora.artifact import TaskCard
 from multilora.base_model import FrozenBase
@@ -27,6 +28,16 @@ def check_canaries(
 
     Raises AdapterError unless the adapter's scores are those after training, and other ones than the base's.
     """
+    rows = canary_rows(key, card, labels, base)
+    scores = scores_of([replace(row, slot=which) for which in (slot, None) for row in rows])  # one forward pass
+    adapted, plain = scores[: len(rows)], scores[len(rows) :]
+    check_scores(key, card, rows, adapted)
+    if max(_distance(a, b) for a, b in zip(adapted, plain, strict=True)) <= 1e-6:
+        raise AdapterError(f"{key}: canary scores equal the base's, so the adapter has no effect")
+
+
+def canary_rows(key: str, card: TaskCard, labels: LabelSet, base: FrozenBase) -> list[ScoringRow]:
+    """The canaries as rows without a slot. Raises AdapterError where there are none, or one does not fit the prompt."""
     try:
         columns = [card.prompt_format.columns_of(canary.columns) for canary in card.canaries]
         prompts = [encode_prompt(card.prompt_format, given, base.tokenizer) for given in columns]
@@ -37,19 +48,19 @@ def check_canaries(
     label_sets = [
         labels if canary.text is None else encode_answer(base, canary.text, card.max_new_tokens or 0) for canary in card.canaries
     ]
-    rows = [ScoringRow(p.token_ids, which, asked) for which in (slot, None) for p, asked in zip(prompts, label_sets, strict=True)]
-    scores = scores_of(rows)  # one forward pass
-    adapted, plain = scores[: len(prompts)], scores[len(prompts) :]
+    return [ScoringRow(prompt.token_ids, None, asked) for prompt, asked in zip(prompts, label_sets, strict=True)]
+
+
+def check_scores(key: str, card: TaskCard, rows: Sequence[ScoringRow], scores: Sequence[Sequence[float]]) -> None:
+    """Raise AdapterError unless the scores of the canaries' rows are those after training."""
     tolerance = CANARY_TOLERANCE[card.base.dtype]
     # The log-likelihood of a long text gathers the rounding of all its tokens.
     error = max(
-        _distance(seen, canary.scores) / (1 if canary.text is None else len(asked.token_ids[0]))
-        for seen, canary, asked in zip(adapted, card.canaries, label_sets, strict=True)
+        _distance(seen, canary.scores) / (1 if canary.text is None else len(row.labels.token_ids[0]))
+        for seen, canary, row in zip(scores, card.canaries, rows, strict=True)
     )
     if error > tolerance:
         raise AdapterError(f"{key}: canary scores differ by {error:.3g} from those after training (at most {tolerance})")
-    if max(_distance(a, b) for a, b in zip(adapted, plain, strict=True)) <= 1e-6:
-        raise AdapterError(f"{key}: canary scores equal the base's, so the adapter has no effect")
 
 
 def _distance(first: Sequence[float], second: Sequence[float]) -> float:

@@ -135,7 +135,7 @@ def export_champions(
         raise RequestError(f"{folder} is not empty; name another folder, so that no adapter of an earlier export stays in it")
     champions = registry.champions()
     artifacts = {task: read_artifact(registry.download(found, downloads_dir), found.digest) for task, found in champions.items()}
-    left_out = {task: reason for task, artifact in artifacts.items() if (reason := _unfit(artifact.card, base))}
+    left_out = {task: reason for task, artifact in artifacts.items() if (reason := unfit(artifact.card, base))}
     chosen = {task: artifact for task, artifact in artifacts.items() if task not in left_out}
     bases = {artifact.card.base.model_dump_json(exclude={"dtype"}): artifact.card.base for artifact in chosen.values()}
     if len(bases) != 1:
@@ -157,7 +157,7 @@ def serve_yaml(config: LlmConfig) -> str:
     return yaml.safe_dump({"applications": [application]}, sort_keys=False)
 
 
-def _unfit(card: TaskCard, base: str | None) -> str:
+def unfit(card: TaskCard, base: str | None) -> str:
     """Why an adapter is not exported; empty where it is."""
     if card.family != "causal":
         return f"is over a base of family {card.family}, which vLLM serves without adapters or not at all"

@@ -14,21 +14,28 @@ FLOORS = {  # lowest first; a new module gets its place here
     "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries forward_threads engine "
     "pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask "
     "openai_api web_page app vllm_backend",
-    "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
+    "orchestrator": "config files metrics calibration batching schedule power dataset "
+    "plain_baselines demonstrations "
+    "gates cluster_size room plan prepare "
     "state paired methods eval_report comparison judge history group_task pace adapter_run ranks group_batch "
-    "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
-    "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
-    "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
-    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables "
+    "gradient_checkpointing frozen_prefix micro_batches "
+    "base_alone baselines prototypes prompting "
+    "trainer worker cross rungs contamination choose_columns inspect_data "
+    "token_lengths first_spec evaluate cross_evaluate ladder report_words live report_text report_page report_sentence "
+    "report_parts report_history report submissions turns session entry cluster background launch jobs ingress services status "
+    "deploy work mailbox controller curves training evaluation release export_readme export aliases router_fit task_routing "
+    "driver evidence doctor api progress tables "
     "compare_result compare_store compare_advice compare_plots compare_table compare_page compare_worker compare "
-    "batch_files batch cli_options "
-    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_compare cli_keys cli_router cli __main__",
+    "batch_files batch cli_options cli_submit "
+    "cli_batch cli_endpoint cli_aliases cli_evidence cli_compare cli_init cli_export cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
     "orchestrator.deploy": ("serve.app", "serve.auth", "serve.config"),
     "orchestrator.services": ("serve.auth",),
+    "orchestrator.export": ("serve.canaries", "serve.vllm_backend"),
     "orchestrator.live": ("serve.live_counts",),
+    "orchestrator.base_alone": ("serve.forward_threads",),
     "orchestrator.cli_keys": ("serve.auth",),
     "orchestrator.cli_endpoint": ("serve.auth", "serve.vllm_backend"),
     **{
@@ -39,7 +46,8 @@ FROM_SERVE = {
 LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestrator.rungs multilora.errors
     multilora.log multilora.spec multilora.spec_files multilora.prompt multilora.segments multilora.base_files
     serve.config serve.live_counts serve.schema serve.openai_schema serve.router serve.slots serve.batcher orchestrator.config
-    orchestrator.dataset
+    orchestrator.dataset orchestrator.choose_columns orchestrator.inspect_data orchestrator.export_readme
+    orchestrator.dataset orchestrator.plain_baselines orchestrator.demonstrations
     orchestrator.cluster_size orchestrator.plan orchestrator.group_task orchestrator.eval_report orchestrator.prepare
     orchestrator.report_words orchestrator.live orchestrator.report_text orchestrator.report_page orchestrator.report
     orchestrator.services orchestrator.ingress orchestrator.state orchestrator.submissions orchestrator.comparison

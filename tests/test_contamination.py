@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from orchestrator.contamination import find_overlaps
+from orchestrator.contamination import find_overlaps, near_texts
 
 TEXTS = (Path(__file__).parent / "tiny_texts.txt").read_text(encoding="utf-8").splitlines()
 
@@ -36,3 +36,15 @@ def test_different_texts_of_one_topic_are_no_overlap():
 
 def test_empty_sides_are_no_overlap():
     assert find_overlaps({"a": []}, {"b": ["text"]}) == find_overlaps({"a": ["text"]}, {"b": []}) == []
+
+
+def test_texts_of_one_file_find_their_nearest_twin():
+    long = "The delivery came two days late and nobody at the shop answered the telephone when I called them about it."
+    other = "Something else altogether, which has nothing to do with the first text at all."
+    assert near_texts([long, other, long.replace("two days", "three days"), "  " + other.upper(), "x"]) == {
+        0: 2,
+        1: 3,
+        2: 0,
+        3: 1,
+    }
+    assert near_texts([long, other]) == near_texts([long]) == near_texts([]) == {}

@@ -5,9 +5,12 @@ import threading
 import pytest
 import torch
 
+from multilora.answer_tree import decoder_positions
 from multilora.lora import AdapterSlots
+from multilora.prompt import PromptFormat
 from multilora.segments import Segment
 from multilora.target_modules import match_modules
+from serve.engine import Engine
 from serve.forward_threads import ForwardThreads
 
 
@@ -68,3 +71,33 @@ def test_each_thread_has_its_own_routing(fresh_base, random_adapter):
     assert not torch.equal(alone[0], alone[1])
     assert all(torch.equal(found[slot], alone[slot]) for slot in range(2))
     assert slots.routing.segments == ()
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "bart"])
+def test_positions_are_those_of_the_thread_that_set_them(fresh_base, kind):
+    model = fresh_base(kind).model
+    ids_BT = torch.tensor([[5, 6, 7, 8]])
+
+    @torch.no_grad()
+    def forward():
+        return model(input_ids=ids_BT, decoder_input_ids=ids_BT, use_cache=False).logits
+
+    plain, found = forward(), []
+    with decoder_positions(model, torch.tensor([[0, 1, 1, 1]])):
+        other = threading.Thread(target=lambda: found.append(forward()))
+        other.start()
+        other.join()
+        found.append(forward())
+    assert torch.equal(found[0], plain)
+    assert not torch.allclose(found[1], plain)
+    assert torch.equal(forward(), plain)
+
+
+def test_labels_that_share_tokens_score_side_by_side_as_alone(two_threads, fresh_base, family):
+    prompt_format = PromptFormat(family, "{text}\n{labels}", "text", (("card lost", ""), ("card late", ""), ("rate", "")), 64)
+    items = [{"text": f"where is {'my ' * (number % 9)}card {number}"} for number in range(60)]
+    side_by_side = Engine(fresh_base(family), 1, 1).classify_zero_shot(prompt_format, items)
+    torch.set_num_threads(1)
+    alone = Engine(fresh_base(family), 1, 1).classify_zero_shot(prompt_format, items)
+    scores, expected = (torch.tensor([answer.scores for answer in answers]) for answers in (side_by_side, alone))
+    assert torch.allclose(scores, expected, rtol=1e-4)
