@@ -15,6 +15,7 @@ import typer
 
 from orchestrator.cli_aliases import aliases_app
 from orchestrator.cli_batch import batch_app
+from orchestrator.cli_compare import compare_app
 from orchestrator.cli_endpoint import endpoint_app
 from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_export import export_app
@@ -37,6 +38,7 @@ app.add_typer(init_app)
 app.add_typer(submit_app)
 app.add_typer(aliases_app)
 app.add_typer(evidence_app)
+app.add_typer(compare_app)
 app.add_typer(export_app)
 app.add_typer(endpoint_app)
 app.add_typer(batch_app)

@@ -224,6 +224,12 @@ def stream_on_cluster(function: Callable[..., Iterator[Any]], *arguments: object
     nodes = [_node_of(node["Resources"], node["Labels"]) for node in ray.nodes() if node["Alive"]]
     gpus = min(1.0, max(node.gpus for node in nodes))
     cpus = 1.0 if gpus else max(1.0, *(node.cpus for node in nodes))
-    remote: Any = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
-    for found in remote.remote(*arguments):
+    remote: Any = ray.remote(_each).options(num_cpus=cpus, num_gpus=gpus, max_retries=2)
+    for found in remote.remote(function, *arguments):
         yield ray.get(found)
+
+
+def _each(function: Callable[..., Iterator[Any]], *arguments: object) -> Iterator[Any]:
+    # Ray sends its statistics into the generator after each value; where that one yields from a list they would be an error.
+    for found in function(*arguments):  # noqa: UP028
+        yield found

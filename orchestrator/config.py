@@ -97,6 +97,11 @@ class OrchestratorConfig(Part):
         return self.workspace / "cross.json"
 
     @property
+    def compare_dir(self) -> Path:
+        """Methods compared, one folder per task and per what decides the answers."""
+        return self.workspace / "compare"
+
+    @property
     def pace_file(self) -> Path:
         """How fast earlier submissions trained."""
         return self.workspace / "pace.json"

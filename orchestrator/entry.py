@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from multilora.spec import BaseSpec
     from orchestrator.cross import CrossColumn
     from orchestrator.eval_report import EvalItem, EvalOutcome
+    from orchestrator.methods import Bench, MethodRow, Part
     from orchestrator.rungs import RungAnswers
 
 
@@ -40,3 +41,8 @@ def cross_columns(base: BaseSpec, items: Sequence[EvalItem]) -> Iterator[CrossCo
 def climb(item: EvalItem, others: Sequence[EvalItem]) -> Iterator[RungAnswers]:
     """Run `orchestrator.ladder.climb`."""
     yield from importlib.import_module("orchestrator.ladder").climb(item, others)
+
+
+def compare_part(part: Part, bench: Bench) -> Iterator[MethodRow]:
+    """Run `orchestrator.compare_worker.part_rows`."""
+    yield from importlib.import_module("orchestrator.compare_worker").part_rows(part, bench)

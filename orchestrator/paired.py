@@ -31,8 +31,11 @@ def mcnemar_midp(num_losses: int, num_wins: int) -> float:
     return float(bdtrc(num_losses, total, 0.5) + bdtrc(num_losses - 1, total, 0.5)) / 2 if total else 1.0
 
 
-def tango_z(num_losses: int, num_wins: int, num_examples: int, difference: float) -> float:
-    """Score statistic of H0: accuracy difference (candidate - reference) equals `difference`; closed form."""
+def tango_z(num_losses: float, num_wins: float, num_examples: int, difference: float) -> float:
+    """Score statistic of H0: accuracy difference (candidate - reference) equals `difference`; closed form.
+
+    Losses and wins may be means over several pairs of runs.
+    """
     b, c, n, d = num_losses, num_wins, num_examples, difference
     linear = -c - b + (2 * n - c + b) * d
     constant = -b * d * (1 - d)
@@ -49,7 +52,7 @@ def tango_p(num_losses: int, num_wins: int, num_examples: int, margin: float) ->
     return float(ndtr(-tango_z(num_losses, num_wins, num_examples, -margin)))
 
 
-def tango_interval(num_losses: int, num_wins: int, num_examples: int, level: float = 0.90) -> tuple[float, float]:
+def tango_interval(num_losses: float, num_wins: float, num_examples: int, level: float = 0.90) -> tuple[float, float]:
     """Two-sided score interval of the accuracy difference, by inverting Tango's test."""
     critical = float(ndtri(0.5 + level / 2))
     observed = (num_wins - num_losses) / num_examples

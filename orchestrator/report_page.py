@@ -36,8 +36,8 @@ def write_report(report: dict[str, Any], folder: Path) -> Path:
     flips = "".join(json.dumps(flip, allow_nan=False) + "\n" for flip in report["flips"])
     write_whole(folder / "flips.jsonl", flips.encode())
     write_whole(folder / "junit.xml", junit(report))
-    write_whole(folder / "report.md", _encoded(markdown(report)))
-    write_whole(folder / "report.html", _encoded(_page(report)))
+    write_whole(folder / "report.md", encoded(markdown(report)))
+    write_whole(folder / "report.html", encoded(_page(report)))
     kept = {name: value for name, value in report.items() if name != "flips"}
     write_whole(folder / "report.json", json.dumps(kept, allow_nan=False).encode() + b"\n")
     return folder / "report.html"
@@ -72,13 +72,18 @@ def summary_rows(report: dict[str, Any]) -> list[SummaryRow]:
     return rows
 
 
-def _page(report: dict[str, Any]) -> str:
+def page_environment() -> Environment:
+    """Templates beside this module: everything is escaped, and what is not given is an error."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=percent, points=points, signed=signed, p_value=p_value)
-    return environment.get_template("report.html.jinja").render(report=report, tones=TONES, marks=MARKS)
+    return environment
 
 
-def _encoded(text: str) -> bytes:
+def _page(report: dict[str, Any]) -> str:
+    return page_environment().get_template("report.html.jinja").render(report=report, tones=TONES, marks=MARKS)
+
+
+def encoded(text: str) -> bytes:
     """A lone surrogate from a data file must not cost the report."""
     return text.encode("utf-8", errors="replace")

@@ -59,6 +59,31 @@ def signed(value: float) -> str:
     return points(value).replace("-", MINUS)
 
 
+def share(value: float) -> str:
+    """0.7891 -> .789, as tables of methods have it."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def signed_share(value: float) -> str:
+    """0.0312 -> +.031; what rounds to zero has no sign."""
+    text = f"{abs(value):.3f}".removeprefix("0")
+    return text if text == ".000" else f"{'+' if value > 0 else MINUS}{text}"
+
+
+def duration(seconds: float) -> str:
+    """A time as people read it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.2g} ms" if seconds < 0.1 else f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def size(num_bytes: float) -> str:
+    """A size on disk as people read it."""
+    if num_bytes < 1e3:
+        return f"{num_bytes:.0f} B"
+    return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e5 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def p_value(value: float) -> str:
     """A p value as people read it."""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from multilora.registry import CHAMPION, Registry
 from orchestrator.config import OrchestratorConfig
 
+COMPARED = "COMPARED"
+"""Status of a run that is a comparison (compare.py) and no training."""
+
 
 @dataclass(frozen=True)
 class TaskStatus:
@@ -26,7 +29,7 @@ def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) 
     registry = Registry(config.registry_uri, config.artifact_root)
     rows = []
     for task in sorted(set(tasks) or registry.tasks()):
-        runs = registry.runs(task)
+        runs = [run for run in registry.runs(task) if run.status != COMPARED]
         champion = registry.by_alias(task, CHAMPION)
         latest = runs[0] if runs else None
         rows.append(

@@ -243,8 +243,8 @@ def table_of(*headings: str) -> Table:
     return table
 
 
-def print_rich(value: Table) -> None:
+def print_rich(value: Table, pipe_width: int = 160) -> None:
     """Print a table as wide as the terminal."""
     # A pipe has no width; 80 columns would fold the tables.
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else pipe_width, markup=False, highlight=False)
     console.print(value)

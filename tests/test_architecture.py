@@ -23,8 +23,9 @@ FLOORS = {  # lowest first; a new module gets its place here
     "report_text report_page report_sentence report_parts report_history report submissions turns session "
     "entry cluster background launch jobs ingress services status deploy work mailbox controller curves "
     "training evaluation release export_readme export aliases router_fit task_routing driver evidence doctor "
-    "api progress tables batch_files batch cli_options cli_submit cli_batch cli_endpoint cli_aliases "
-    "cli_evidence cli_init cli_export cli_keys cli_router cli __main__",
+    "api progress tables compare_result compare_store compare_advice compare_plots compare_table compare_page "
+    "compare_worker compare batch_files batch cli_options cli_submit cli_batch cli_endpoint cli_aliases "
+    "cli_evidence cli_compare cli_init cli_export cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -53,6 +54,8 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.methods orchestrator.learning_curve orchestrator.power orchestrator.paired orchestrator.history
     orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
+    orchestrator.compare_result orchestrator.compare_store orchestrator.compare_advice orchestrator.compare_plots
+    orchestrator.compare_table orchestrator.compare_page
     orchestrator.batch_files orchestrator.tables orchestrator.cli"""
 
 

@@ -102,6 +102,8 @@ def test_evaluation_takes_the_temperature_from_the_card_and_the_base_has_none(ti
         assert report.temperature == temperature
         confidences = [max(softmax(graded.scores, temperature)) for graded in report.answers]
         assert [graded.probability for graded in report.answers] == confidences
-        assert report.calibration_errors["ece"] == expected_calibration_error(confidences, report.correct)
+        assert report.calibration_errors["ece"] == pytest.approx(expected_calibration_error(confidences, report.correct))
         uncalibrated = [max(softmax(graded.scores, 1.0)) for graded in report.answers]
-        assert report.calibration_errors["ece_uncalibrated"] == expected_calibration_error(uncalibrated, report.correct)
+        assert report.calibration_errors["ece_uncalibrated"] == pytest.approx(
+            expected_calibration_error(uncalibrated, report.correct)
+        )
