@@ -156,6 +156,21 @@ class TrainSpec(Part):
     """Stop after this many epochs without a better result on the select split; omit to train all epochs."""
 
 
+class SearchSpec(Part):
+    """Settings that are tried together in one training group; the select split chooses one, which the gate judges."""
+
+    learning_rate: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[], max_length=32)
+    """Learning rates to try; where all three lists are omitted a third of, once and three times the spec's own."""
+    rank: list[Annotated[int, Field(ge=1, le=256)]] = Field(default=[], max_length=32)
+    """Ranks to try, alpha unchanged; where all three lists are omitted half of, once and twice the spec's own."""
+    epochs: list[Annotated[int, Field(ge=1, le=1000)]] = Field(default=[], max_length=32)
+    """Numbers of epochs to try."""
+    num_candidates: int = Field(default=16, ge=2, le=256)
+    """Most settings to try, the spec's own among them; of more combinations train.seed draws so many."""
+    eta: Literal[1, 2, 3] = 2
+    """Successive halving: of the candidates one in so many goes on after each round, and the spec's own; 1 ends none early."""
+
+
 class GenerationSpec(Part):
     """How the answers of a free-text task are written."""
 
@@ -232,6 +247,8 @@ class TaskSpec(Part):
     """Adapter shape."""
     train: TrainSpec = TrainSpec()
     """Training settings."""
+    search: SearchSpec | None = None
+    """Settings to try beside the spec's own; `search: {}` tries the defaults, as `orchestrator submit --search` does."""
     generation: GenerationSpec | None = None
     """Settings of a free-text task's answers; omit for the defaults, and for a classification task."""
     resources: ResourceSpec = ResourceSpec()
@@ -248,6 +265,10 @@ class TaskSpec(Part):
             raise ValueError(f"the instruction never shows the input: put {{{self.data.text}}} into it, or set data.text")
         if self.data.label in self.columns:
             raise ValueError(f"the instruction shows the answer: take {{{self.data.label}}} out of it")
+        own = {"learning_rate": self.train.learning_rate, "rank": self.lora.rank, "epochs": self.train.epochs}
+        listed = {name: {*getattr(self.search, name)} for name in own if self.search and getattr(self.search, name)}
+        if listed and all(values == {own[name]} for name, values in listed.items()):
+            raise ValueError("search lists nothing but the spec's own values; add others, or omit all three lists")
         if self.labels is None:
             if "labels" in fields:
                 raise ValueError("the instruction has {labels} but the task lists none: add labels, or take the field out")
@@ -313,6 +334,8 @@ def spec_hash(spec: TaskSpec) -> str:
         decisive["max_new_tokens"] = spec.max_new_tokens
     if spec.label_score != "sum":
         decisive["label_score"] = spec.label_score
+    if spec.search is not None:
+        decisive["search"] = spec.search.model_dump(mode="json")
     # Label order is part of the prompt, so keys stay in the user's order.
     return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 

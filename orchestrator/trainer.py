@@ -35,6 +35,7 @@ from orchestrator.group_task import Member, TrainEvent
 from orchestrator.micro_batches import MicroBatches
 from orchestrator.ranks import ALONE, RankError, Ranks, balanced_shares
 
+RunKeys = Callable[[], Collection[str]]
 NUM_CANARIES = 4
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
 
@@ -73,11 +74,14 @@ class GroupTrainer:
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
-    def train(self, stopped: Callable[[], Collection[str]], checkpoint_every_s: float) -> None:
-        """Train all members to their end; those whose run keys `stopped` names are saved and left."""
+    def train(self, stopped: RunKeys, checkpoint_every_s: float, held: RunKeys = frozenset) -> None:
+        """Train all members to their end; those that `stopped` names are saved and left, those that `held` names wait."""
         saved_at = time.monotonic()
-        while self._admit():
-            if self._stop(self._ranks.from_first(stopped)):
+        while self._waiting or self._active:
+            leaving, waiting = self._ranks.from_first(lambda: (stopped(), held()))
+            self._leave(leaving, waiting)
+            self._admit(waiting)
+            if not self._active:
                 continue
             batch = self.next_batch()
             try:
@@ -165,10 +169,12 @@ class GroupTrainer:
         )
         return self._ranks.from_first(lambda: write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot)))
 
-    def _admit(self) -> bool:
-        """Give free slots to waiting members; False when nothing is left to train."""
-        while self._waiting and len(self._active) < self.num_slots:
-            member = self._waiting.pop(0)
+    def _admit(self, held: Collection[str]) -> None:
+        """Give free slots to members that wait for one and for nothing else."""
+        for member in [member for member in self._waiting if member.run_key not in held]:
+            if len(self._active) == self.num_slots:
+                return
+            self._waiting.remove(member)
             if self._report_if_trained(member):
                 continue
             slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
@@ -181,18 +187,19 @@ class GroupTrainer:
             self._active.append(run)
             self._active.sort(key=lambda active: active.slot)
             self._emit(run, "started", {})
-        return bool(self._active)
 
-    def _stop(self, run_keys: Collection[str]) -> bool:
-        """Leave these adapters as they are; says whether any was left."""
-        self._waiting = [member for member in self._waiting if member.run_key not in run_keys]
-        stopping = [run for run in self._active if run.member.run_key in run_keys]
-        if stopping:
+    def _leave(self, stopped: Collection[str], held: Collection[str]) -> None:
+        """Save these adapters and free their slots; those that are held wait for one again."""
+        self._waiting = [member for member in self._waiting if member.run_key not in stopped]
+        leaving = [run for run in self._active if run.member.run_key in {*stopped, *held}]
+        if leaving:
             self.save_states()
-        for run in stopping:
+        for run in leaving:
             self._release(run)
-            self._emit(run, "stopped", {})
-        return bool(stopping)
+            if run.member.run_key in stopped:
+                self._emit(run, "stopped", {})
+            else:
+                self._waiting.append(run.member)
 
     def _refuse(self, member: Member, error: Exception) -> None:
         self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))

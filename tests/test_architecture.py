@@ -14,13 +14,13 @@ FLOORS = {  # lowest first; a new module gets its place here
     "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries engine pyfunc_model "
     "pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api "
     "web_page app vllm_backend",
-    "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan prepare "
-    "state paired methods eval_report comparison judge history group_task pace adapter_run ranks group_batch "
+    "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan search "
+    "prepare state paired methods eval_report comparison judge history group_task pace adapter_run search_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "
     "ladder report_words live report_text report_page report_sentence report_parts report_history report submissions turns "
-    "session entry cluster background launch jobs ingress services status deploy work mailbox controller curves training "
-    "evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch cli_options "
-    "cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
+    "session entry cluster background launch jobs ingress services deploy work search_record status mailbox controller curves "
+    "training evaluation release aliases router_fit task_routing driver evidence doctor api progress tables batch_files batch "
+    "cli_options cli_submit cli_batch cli_endpoint cli_aliases cli_evidence cli_keys cli_router cli __main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -44,7 +44,7 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.judge
     orchestrator.methods orchestrator.power orchestrator.paired orchestrator.history orchestrator.metrics orchestrator.calibration
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
-    orchestrator.batch_files orchestrator.tables orchestrator.cli"""
+    orchestrator.batch_files orchestrator.search orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):
