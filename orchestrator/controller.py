@@ -109,7 +109,7 @@ class Controller:
                 self.move(work, Event.FINISHED)
             folder = self._config.adapter_dir(prepared.run_key)
             artifact = read_artifact(folder)
-            work.found = self._searches.close(work, is_over=True)
+            work.found = self._searches.close(work)
             tags = {
                 "run_key": prepared.run_key,
                 "base": prepared.spec.base.model,
@@ -225,7 +225,7 @@ class Controller:
         """Say that a task's run failed; the others go on."""
         work.error = reason
         self.move(work, Event.FAILED, reason)
-        self._searches.close(work, is_over=False)
+        self._searches.close(work)
         if work.run:
             self._registry.end_run(work.run.run_id, is_ok=False)
 
@@ -234,7 +234,7 @@ class Controller:
         work.error = reason or "cancelled; submit again to continue"
         if work.status is Status.TRAINING and work.run:
             self.move(work, Event.CANCELLED, work.error)
-            self._searches.close(work, is_over=False)
+            self._searches.close(work)
             self._registry.end_run(work.run.run_id, is_ok=False)
         else:  # it never began
             self._on_update(Update(work.task, str(Status.CANCELLED), message=work.error))

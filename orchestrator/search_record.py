@@ -30,7 +30,7 @@ class SearchRecord:
             work.candidate_runs[run_key] = found.run_id
         return work.candidate_runs[run_key]
 
-    def close(self, work: TaskWork, *, is_over: bool) -> Found | None:
+    def close(self, work: TaskWork) -> Found | None:
         """End the runs of candidates: of all where the search is over, else of those that began; says what was found."""
         prepared = work.prepared
         if work.run is None or prepared.spec.search is None:
@@ -38,8 +38,10 @@ class SearchRecord:
         epochs = {key: spec.train.epochs for key, spec in prepared.trainings.items()}
         known = load_trails(self._config.trails_file(prepared.run_key), epochs)
         trails = list(known.values())
+        ends = fates(trails, prepared.spec.search.eta)
+        is_over = not {Fate.TRAIN, Fate.WAIT} & set(ends)
         best = winner(trails) if is_over else None
-        for number, (key, fate) in enumerate(zip(known, fates(trails, prepared.spec.search.eta), strict=True)):
+        for number, (key, fate) in enumerate(zip(known, ends, strict=True)):
             if is_over or key in work.candidate_runs:
                 open_end = "ended early" if fate is Fate.DROPPED else "not finished"
                 end = "chosen" if number == best else known[key].end or open_end
