@@ -249,7 +249,7 @@ class _Rung:
 
 def _rungs(epochs: Sequence[int], eta: int) -> list[_Rung]:
     """The rungs of candidates with so many epochs, lowest first: as many as both can be divided by `eta`."""
-    divisors = []
+    divisors: list[int] = []
     while eta > 1 and eta ** (len(divisors) + 1) <= min(len(epochs), max(epochs)):
         divisors.append(eta ** (len(divisors) + 1))
     return [_Rung(divisor, -(-len(epochs) // kept)) for divisor, kept in zip(reversed(divisors), divisors, strict=True)]

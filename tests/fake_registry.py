@@ -21,11 +21,11 @@ class FakeRegistry:
             raise Killed
 
     def find_run(self, task, run_key):
-        tags = self.runs.get(f"{task}/{run_key}")
-        return None if tags is None else RunRecord(f"{task}/{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
+        tags = self.runs.get(f"{task}-{run_key}")
+        return None if tags is None else RunRecord(f"{task}-{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
 
     def start_run(self, task, run_key, params, tags):
-        self.runs[f"{task}/{run_key}"], self.params[f"{task}/{run_key}"] = dict(tags), dict(params)
+        self.runs[f"{task}-{run_key}"], self.params[f"{task}-{run_key}"] = dict(tags), dict(params)
         self._written()
         return self.find_run(task, run_key)
 

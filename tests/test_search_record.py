@@ -88,17 +88,17 @@ def test_every_candidate_is_a_child_run_with_its_setting_and_the_chosen_one_is_s
     work = SearchSubmission(task, trained, tmp_path / "work", registry, NUM_RIGHT).run()
     assert work.status is Status.PROMOTED
     parent = work.run.run_id
-    children = {key: registry.runs[f"mood/{key}"] for key in task.trainings}
+    children = {key: registry.runs[f"mood-{key}"] for key in task.trainings}
     assert {tags[TAG_PARENT] for tags in children.values()} == {parent}
-    assert set(registry.runs) == {parent, *(f"mood/{key}" for key in task.trainings)}
+    assert set(registry.runs) == {parent, *(f"mood-{key}" for key in task.trainings)}
     best = winner(list(trained.trails.values()))
     expected = ["chosen" if i == best else trail.end or "ended early" for i, trail in enumerate(trained.trails.values())]
     assert [tags["candidate"] for tags in children.values()] == expected
     assert {"chosen", "ended early"} <= set(expected)
     for key, spec in task.trainings.items():
-        params = registry.params[f"mood/{key}"]
+        params = registry.params[f"mood-{key}"]
         assert (params["train.learning_rate"], params["lora.rank"]) == (spec.train.learning_rate, spec.lora.rank)
-        curve = [(epoch, value) for name, value, epoch, _ in registry.points[f"mood/{key}"] if name == "search/value"]
+        curve = [(epoch, value) for name, value, epoch, _ in registry.points[f"mood-{key}"] if name == "search/value"]
         assert curve == [(result.epoch, result.value) for result in trained.trails[key].results] != []
 
     chosen = list(task.trainings.values())[best]
@@ -169,9 +169,9 @@ def test_a_search_that_fails_ends_the_runs_of_its_candidates(task, tmp_path):
     submission.handle(controller, [TrainEvent("started", "mood", key, 0, 1, 0)], work)
     controller.fail(work, "worker ended: no result")
     assert work.status is Status.FAILED
-    assert registry.runs[f"mood/{key}"]["candidate"] == "not finished"
-    assert set(registry.runs) == {work.run.run_id, f"mood/{key}"}
-    assert registry.ended == {f"mood/{key}": False, work.run.run_id: False}
+    assert registry.runs[f"mood-{key}"]["candidate"] == "not finished"
+    assert set(registry.runs) == {work.run.run_id, f"mood-{key}"}
+    assert registry.ended == {f"mood-{key}": False, work.run.run_id: False}
 
 
 def test_force_searches_again(task, trained, tmp_path):
