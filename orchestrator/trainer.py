@@ -80,7 +80,7 @@ class GroupTrainer:
         while self._waiting or self._active:
             leaving, waiting = self._ranks.from_first(lambda: (stopped(), held()))
             self._leave(leaving, waiting)
-            self._admit(waiting)
+            self.admit(waiting)
             if not self._active:
                 continue
             batch = self.next_batch()
@@ -96,6 +96,25 @@ class GroupTrainer:
             if time.monotonic() - saved_at > checkpoint_every_s:
                 self.save_states()
                 saved_at = time.monotonic()
+
+    def admit(self, held: Collection[str] = ()) -> None:
+        """Give free slots to members that wait for one and for nothing else."""
+        for member in [member for member in self._waiting if member.run_key not in held]:
+            if len(self._active) == self.num_slots:
+                return
+            self._waiting.remove(member)
+            if self._report_if_trained(member):
+                continue
+            slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
+            try:
+                run = self._start(member, slot)
+            except (DataError, AdapterError) as error:
+                self.slots.clear(slot)
+                self._refuse(member, error)
+                continue
+            self._active.append(run)
+            self._active.sort(key=lambda active: active.slot)
+            self._emit(run, "started", {})
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""
@@ -168,25 +187,6 @@ class GroupTrainer:
             **card_fields(run.prompt_format),
         )
         return self._ranks.from_first(lambda: write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot)))
-
-    def _admit(self, held: Collection[str]) -> None:
-        """Give free slots to members that wait for one and for nothing else."""
-        for member in [member for member in self._waiting if member.run_key not in held]:
-            if len(self._active) == self.num_slots:
-                return
-            self._waiting.remove(member)
-            if self._report_if_trained(member):
-                continue
-            slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
-            try:
-                run = self._start(member, slot)
-            except (DataError, AdapterError) as error:
-                self.slots.clear(slot)
-                self._refuse(member, error)
-                continue
-            self._active.append(run)
-            self._active.sort(key=lambda active: active.slot)
-            self._emit(run, "started", {})
 
     def _leave(self, stopped: Collection[str], held: Collection[str]) -> None:
         """Save these adapters and free their slots; those that are held wait for one again."""
