@@ -10,7 +10,6 @@ import sys
 import threading
 from pathlib import Path
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch reads it when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch

@@ -18,7 +18,6 @@ Every server's probabilities are held against plain PEFT's.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # torch reads it when it is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, also when run as a script
 
 import httpx

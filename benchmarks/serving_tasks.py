@@ -18,6 +18,7 @@ from multilora.prompt import PromptFormat, encode_prompt
 from multilora.registry import ADAPTER_PATH, CHAMPION, TAG_OWNER
 from multilora.scoring import SCORER_VERSION, ScoringRow, encode_labels, score_labels
 from multilora.target_modules import match_modules
+from orchestrator.trainer import NUM_CANARIES
 
 ROOT = Path(__file__).parents[1]
 RANK = 8
@@ -85,7 +86,7 @@ class AdapterMaker:
         with torch.no_grad():
             self._slots.load(0, tensors, 2.0)
             labels = encode_labels(self._base, self._slots, FORMAT)
-            columns = [{"text": text} for text in real_texts()[:8]]
+            columns = [{"text": text} for text in real_texts()[:NUM_CANARIES]]
             rows = [ScoringRow(encode_prompt(FORMAT, item, self._base.tokenizer).token_ids, 0, labels) for item in columns]
             scores = score_labels(self._base, self._slots, rows)
         return [Canary(columns=item, scores=row.tolist()) for item, row in zip(columns, scores, strict=True)]

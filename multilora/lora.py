@@ -11,6 +11,7 @@ G segments of equal size, N rows x positions of one segment.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ AdapterTensors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A of shape [rank, I], B of shape [O, rank])."""
 
 
+class _Now(threading.local):
+    """What each thread's forward passes are routed by: several may run side by side."""
+
+    routing = Routing((), None)
+
+
 class AdapterSlots:
     """The adapters of one model: owns their weights, wraps the model's linear layers, and routes rows to slots."""
 
@@ -37,7 +44,7 @@ class AdapterSlots:
         """Wrap `module_names` of `model` in place. Weights are float32 when trainable, else in the base's dtype."""
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self.routing = Routing((), None)
+        self._now = _Now()
         self.ranks = [0] * num_slots
         self.scalings = [0.0] * num_slots
         self.dropouts = [0.0] * num_slots
@@ -58,6 +65,11 @@ class AdapterSlots:
             model.set_submodule(name, layer)
             self.layers[name] = layer
 
+    @property
+    def routing(self) -> Routing:
+        """The routing of this thread's forward passes."""
+        return self._now.routing
+
     def detach(self) -> None:
         """Give the model its own linear layers back; these slots are of no use afterwards."""
         for name, layer in self.layers.items():
@@ -70,11 +82,11 @@ class AdapterSlots:
         `dropout_keys`, one per row, turns the slots' dropout on; equal keys give equal masks.
         """
         before = self.routing
-        self.routing = Routing(segments, dropout_keys)
+        self._now.routing = Routing(segments, dropout_keys)
         try:
             yield
         finally:
-            self.routing = before
+            self._now.routing = before
 
     def fresh(self, slot: int, module_names: Sequence[str], rank: int, scaling: float, generator: torch.Generator) -> None:
         """Start a new adapter: A uniform in +-1/sqrt(I), B zero, so that its output equals the base exactly.
@@ -213,7 +225,7 @@ class MultiLoraLinear(nn.Module):
         """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
         y_BTO: Tensor = self.base(x_BTI)
         slots, routing = self._slots, self._slots.routing
-        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device)
+        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device, x_BTI[0, ..., 0].numel())
         assert routing.num_rows in (0, x_BTI.shape[0]), f"segments cover {routing.num_rows} rows, the batch has {x_BTI.shape[0]}"
         if not runs:
             return y_BTO
@@ -228,7 +240,7 @@ class MultiLoraLinear(nn.Module):
 
     def halves(self, run: Run, like: Tensor) -> tuple[Tensor, Tensor]:
         """The A's [G, R, I] and B's [G, O, R] of a run's slots, at the largest of their ranks, in the dtype of `like`."""
-        a_GRI, b_GOR = self.a_SRI[run.index, : run.rank], self.b_SOR[run.index, :, : run.rank]
+        a_GRI, b_GOR = run.of(self.a_SRI[:, : run.rank]), run.of(self.b_SOR[:, :, : run.rank])
         return a_GRI.to(like.dtype), b_GOR.to(like.dtype)
 
     def add_gradients(self, run: Run, grad_a_GRI: Tensor, grad_b_GOR: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How the rows of a forward pass reach their slots: neighbours of equal length and like rank become one batched product.
+"""How the rows of a forward pass reach their slots: neighbours of like rank become one batched product.
 
 Dims: G segments of a run, N rows x positions of one segment, F features.
 """
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from multilora.errors import AdapterError
-from multilora.segments import Segment, equal_runs
+from multilora.segments import Segment, product_runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring segments of equal length and like rank."""
+    """Neighbouring segments of equal length and like rank; a slot's rows may be several segments."""
 
     slots: tuple[int, ...]
     start: int
@@ -34,6 +34,10 @@ class Run:
     def rows(self, x_BTF: Tensor) -> Tensor:
         """View this run's rows of a contiguous tensor, one matrix per segment: [G, N, F]."""
         return x_BTF[self.start : self.end].view(len(self.slots), -1, x_BTF.shape[-1])
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """Pick each segment's weights out of those of all slots: [S, ...] -> [G, ...]."""
+        return stacked[self.index] if isinstance(self.index, slice) else stacked.index_select(0, self.index)
 
     def add_to(self, stacked: Tensor, values: Tensor) -> None:
         """Add one value per segment to its slot's place in stacked weights; a slot may have several segments."""
@@ -57,23 +61,30 @@ class Routing:
                 self._spans.append((segment.slot, row, row + segment.num_rows))
             row += segment.num_rows
         self._slots = frozenset(slot for slot, _, _ in self._spans)
-        self._runs_of: dict[frozenset[int], list[Run]] = {}
+        self._runs_of: dict[tuple[frozenset[int], bool], list[Run]] = {}
 
     def runs(
-        self, bound_slots: AbstractSet[int], ranks: Sequence[int], scalings: Sequence[float], device: torch.device
+        self,
+        bound_slots: AbstractSet[int],
+        ranks: Sequence[int],
+        scalings: Sequence[float],
+        device: torch.device,
+        num_positions: int,
     ) -> list[Run]:
-        """The runs for a module that the adapters in `bound_slots` change; laid out once for all modules alike.
+        """The runs for a module that the adapters in `bound_slots` change, over rows of so many positions.
 
-        Raises AdapterError where rows are routed to an empty slot.
+        They are laid out once for all modules alike. Raises AdapterError where rows are routed to an empty slot.
         """
         wanted = self._slots & bound_slots
-        if wanted not in self._runs_of:
+        by_row = num_positions >= max((ranks[slot] for slot in wanted), default=0)
+        if (wanted, by_row) not in self._runs_of:
             empty = sorted(slot for slot in self._slots if not ranks[slot])
             if empty:
                 raise AdapterError(f"slot {empty[0]} is empty")
             spans = [span for span in self._spans if span[0] in wanted]
-            self._runs_of[wanted] = [_run(run, ranks, scalings, device) for run in equal_runs(spans, ranks)]
-        return self._runs_of[wanted]
+            runs = product_runs(spans, ranks, by_row=by_row)
+            self._runs_of[wanted, by_row] = [_run(run, ranks, scalings, device) for run in runs]
+        return self._runs_of[wanted, by_row]
 
 
 def _run(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int], scalings: Sequence[float], device: torch.device) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -29,13 +29,13 @@ def segments_of(slots: Sequence[int | None]) -> tuple[Segment, ...]:
 def order_by_slot(slots: Sequence[int | None], ranks: Sequence[int]) -> list[int]:
     """Row order that puts equal slots side by side, base rows first, and slots beside each other that make one product.
 
-    Those have equally many rows and ranks of one class (`ranks` by slot), so B rows take at most sqrt(2 B) products a class.
+    Those have ranks of one class (`ranks` by slot), and among them equally many rows.
     """
     num_rows = Counter(slots)
 
     def place(row: int) -> tuple[int, int, int]:
         slot = slots[row]
-        return (-1, 0, 0) if slot is None else (num_rows[slot], rank_class(ranks[slot]), slot)
+        return (-1, 0, 0) if slot is None else (rank_class(ranks[slot]), num_rows[slot], slot)
 
     return sorted(range(len(slots)), key=place)
 
@@ -45,13 +45,26 @@ def rank_class(rank: int) -> int:
     return (rank - 1).bit_length() if rank else 0
 
 
-def equal_runs(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
-    """Split spans (slot, first row, row after the last) into maximal runs that touch each other and are one product."""
+Span = tuple[int, int, int]
+"""Slot, first row, row after the last."""
 
-    def kind(span: tuple[int, int, int]) -> tuple[int, int]:
-        return span[2] - span[1], rank_class(ranks[span[0]])
 
-    run: list[tuple[int, int, int]] = []
+def product_runs(spans: Sequence[Span], ranks: Sequence[int], *, by_row: bool) -> Iterator[list[Span]]:
+    """Cut spans into runs that touch each other and are one product: of ranks of one class, and equally long.
+
+    By row, neighbours of unequal length are cut into single rows, so that a class is one product: each row then reads its
+    slot's weights again, which costs less than several small products while a row has no fewer positions than the rank.
+    """
+    for neighbours in _cut(spans, lambda span: rank_class(ranks[span[0]])):
+        equal = list(_cut(neighbours, lambda span: span[2] - span[1]))
+        if by_row and len(equal) > 1:
+            yield [(slot, row, row + 1) for slot, start, end in neighbours for row in range(start, end)]
+        else:
+            yield from equal
+
+
+def _cut(spans: Sequence[Span], kind: Callable[[Span], int]) -> Iterator[list[Span]]:
+    run: list[Span] = []
     for span in spans:
         if run and (span[1] != run[-1][2] or kind(span) != kind(run[-1])):
             yield run

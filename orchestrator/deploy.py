@@ -53,6 +53,7 @@ def run_endpoint(
         num_cpus = 1.0 if num_gpus else max(1.0, (psutil.cpu_count() or 1) / num_replicas[1])
         ray_serve.start(http_options={"host": host, "port": port})
         application = serve_application(serve_config, num_replicas, num_cpus, num_gpus)
-        ray_serve.run(application, name=APP_NAME, route_prefix="/")
+        # The audit log has a line per request already.
+        ray_serve.run(application, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
         is_over.wait()
         ray_serve.shutdown()

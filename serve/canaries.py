@@ -37,10 +37,9 @@ def check_canaries(
     label_sets = [
         labels if canary.text is None else encode_answer(base, canary.text, card.max_new_tokens or 0) for canary in card.canaries
     ]
-    adapted, plain = (
-        scores_of([ScoringRow(p.token_ids, which, asked) for p, asked in zip(prompts, label_sets, strict=True)])
-        for which in (slot, None)
-    )
+    rows = [ScoringRow(p.token_ids, which, asked) for which in (slot, None) for p, asked in zip(prompts, label_sets, strict=True)]
+    scores = scores_of(rows)  # one forward pass
+    adapted, plain = scores[: len(prompts)], scores[len(prompts) :]
     tolerance = CANARY_TOLERANCE[card.base.dtype]
     # The log-likelihood of a long text gathers the rounding of all its tokens.
     error = max(

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,11 +35,15 @@ from multilora.scoring import (
 from multilora.segments import length_batches
 from multilora.target_modules import match_modules
 from serve.canaries import check_canaries
+from serve.forward_threads import ForwardThreads
 from serve.slots import SlotTable
 from serve.writer import Progress, Text, TextWork, Writer
 
 OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
 """What one forward pass costs beside its tokens, in tokens."""
+MIN_SHARE_TOKENS = 64
+"""Less is not worth a forward pass of its own."""
+MAX_LABEL_SETS = 1024
 NO_LABELS = LabelSet((), None, ())
 """Of rows that are only read."""
 
@@ -110,11 +115,14 @@ class Engine:
         """Wrap the base. Slots have room for `max_rank` at first; binding a larger adapter makes them grow."""
         self.base = base
         self._max_batch_tokens = max_batch_tokens
+        self._threads = ForwardThreads(base.device)
         self._num_slots = num_slots
         self.num_slot_loads = 0
         """How often an adapter was copied into a slot."""
         self._slots, self._table = self._new_slots(max_rank)
         self._bound: dict[str, BoundAdapter] = {}
+        # Versions of a task mostly have the same labels.
+        self._labels = lru_cache(MAX_LABEL_SETS)(lambda prompt_format: encode_labels(self.base, self._slots, prompt_format))
         self._lock = threading.Lock()
         self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         """Whose adapters are the last to be evicted."""
@@ -139,7 +147,7 @@ class Engine:
             )
         tensors = read_tensors(artifact)
         with self._lock, torch.no_grad():
-            labels = encode_labels(self.base, self._slots, card.prompt_format)
+            labels = self._labels(card.prompt_format)
             bound = BoundAdapter(key, artifact, card.prompt_format, labels, tensors)
             if card.rank > self._slots.max_rank:
                 self._slots.detach()
@@ -201,7 +209,7 @@ class Engine:
         """Let the base itself answer a task, as the baseline that an adapter must beat."""
         prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
         with self._lock, torch.inference_mode():
-            labels = encode_labels(self.base, self._slots, prompt_format)
+            labels = self._labels(prompt_format)
             scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
         return [_answer("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
 
@@ -217,7 +225,9 @@ class Engine:
         """Make writers for texts, each of texts of like length, with the indices of its works."""
         made = []
         for wave in self._waves({index: work.key for index, work in enumerate(works)}):
-            for batch in self._batches([len(works[i].prompt.token_ids) + works[i].max_new_tokens for i in wave]):
+            for batch in self._batches(
+                [len(works[i].prompt.token_ids) + works[i].max_new_tokens for i in wave], self._max_batch_tokens
+            ):
                 indices = [wave[position] for position in batch]
                 made.append((Writer(self.base, [works[i] for i in indices]), indices))
         return made
@@ -235,8 +245,10 @@ class Engine:
         rows = [ScoringRow(token_ids or (self.base.pad_id,), None, NO_LABELS) for token_ids in ids]
         vectors_BH = torch.empty(len(rows), self.base.files.hidden_size)
         with self._lock, torch.inference_mode():
-            for batch in self._batches([len(row.token_ids) for row in rows]):
-                vectors_BH[batch] = pooled(self.base, self._slots, [rows[i] for i in batch]).cpu()
+            batches = self._shares([len(row.token_ids) for row in rows])
+            found = self._threads.map(lambda batch: pooled(self.base, self._slots, [rows[i] for i in batch]).cpu(), batches)
+            for batch, own_BH in zip(batches, found, strict=True):
+                vectors_BH[batch] = own_BH
         return vectors_BH
 
     def bound(self, key: str) -> BoundAdapter:
@@ -274,8 +286,10 @@ class Engine:
 
     def _scores(self, rows: Sequence[ScoringRow]) -> list[list[float]]:
         scores: list[list[float]] = [[]] * len(rows)
-        for batch in self._batches([_num_tokens(self.base.family, row) for row in rows]):
-            for index, row_scores in zip(batch, score_labels(self.base, self._slots, [rows[i] for i in batch]), strict=True):
+        batches = self._shares([_num_tokens(self.base.family, row) for row in rows])
+        found = self._threads.map(lambda batch: score_labels(self.base, self._slots, [rows[i] for i in batch]), batches)
+        for batch, batch_scores in zip(batches, found, strict=True):
+            for index, row_scores in zip(batch, batch_scores, strict=True):
                 scores[index] = row_scores.tolist()
         return scores
 
@@ -306,9 +320,15 @@ class Engine:
             waves[number_of[key] // self._num_slots].append(index)
         return waves
 
-    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+    def _batches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         device = self.base.device.type
-        return length_batches(lengths, self._max_batch_tokens, OVERHEAD_TOKENS[device], PAD_MULTIPLE[device])
+        return length_batches(lengths, max_tokens, OVERHEAD_TOKENS[device], PAD_MULTIPLE[device])
+
+    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Batches for passes side by side, the most work first."""
+        share = max(MIN_SHARE_TOKENS, -(-sum(lengths) // self._threads.number))
+        batches = self._batches(lengths, min(self._max_batch_tokens, share))
+        return sorted(batches, key=lambda batch: -len(batch) * max(lengths[row] for row in batch))
 
 
 def _num_tokens(family: Family, row: ScoringRow) -> int:

@@ -70,6 +70,7 @@ class Replica:
         """Task -> version that answers new requests; a broken one only where the task has no good one."""
         self._pins: OrderedDict[str, AdapterVersion] = OrderedDict()
         """By `task@version`, least recently used first."""
+        self._look_s = 0.0
         self._has_synced = asyncio.Event()
 
     @property
@@ -190,19 +191,20 @@ class Replica:
 
     async def follow(self) -> None:
         """Follow the aliases for ever; a registry that is away changes nothing."""
-        clock = asyncio.get_running_loop().time
         while True:
-            started = clock()
             await self._challengers.save()
             try:
                 await self.sync()
             except Exception as error:  # noqa: BLE001  what is bound goes on answering, whatever the registry's client raises
                 logger.warning("registry unreadable error=%r", error)
-            await asyncio.sleep(max(self._config.poll_s, (clock() - started) * (1 / SHARE_OF_TIME - 1)))
+            await asyncio.sleep(max(self._config.poll_s, self._look_s * (1 / SHARE_OF_TIME - 1)))
 
     async def sync(self) -> None:
         """Bring what answers in line with the champions. A promoted version is bound before the task's requests go to it."""
+        clock = asyncio.get_running_loop().time
+        started = clock()
         champions = await asyncio.to_thread(self._registry.champions, dict(self._champions))
+        self._look_s = clock() - started  # what is loaded after it does not count
         changed = [version for task, version in champions.items() if self._champions.get(task) != version]
         # More than host memory holds need not be bound before the first request; a promotion must prove itself now.
         num_eager = len(changed) if self.is_ready else self._config.num_host_adapters

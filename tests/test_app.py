@@ -731,6 +731,19 @@ async def test_follower_brings_promotions_by_itself(crown, serving):
         await asyncio.wait([following])
 
 
+async def test_what_is_loaded_after_a_look_at_the_registry_does_not_put_off_the_next_one(crown, serving):
+    crown(CARDS_1)
+    async with serving() as (replica, _):
+        await replica.sync()
+        crown(CARDS_2)
+        with engine_held(replica, CARDS):
+            syncing = asyncio.create_task(replica.sync())
+            await until(lambda: replica._store._loads)
+            look_s = replica._look_s
+        await syncing
+        assert replica._look_s == look_s > 0
+
+
 async def test_follower_outlives_a_registry_that_is_away(serving, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     async with serving(tracking_uri="http://127.0.0.1:9", poll_s=0.01) as (replica, client):

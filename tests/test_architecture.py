@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
     "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
-    "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries engine pyfunc_model "
-    "pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask openai_api "
-    "web_page app vllm_backend",
+    "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries forward_threads engine "
+    "pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger replica models_api openai_schema openai_ask "
+    "openai_api web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset gates cluster_size room plan search "
     "prepare state paired methods eval_report comparison judge history group_task pace adapter_run search_run ranks group_batch "
     "gradient_checkpointing frozen_prefix micro_batches trainer worker cross rungs contamination evaluate cross_evaluate "

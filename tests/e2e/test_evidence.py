@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from tiny_adapters import CARDS, MAIL, MOOD, SHORTEN, TinyTask
 
 from e2e.conftest import CommandLine
+from e2e.endpoint import free_port
 from multilora.registry import CHAMPION, AdapterVersion, Registry
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import PYFUNC_CODE
@@ -63,7 +63,7 @@ def test_every_adapter_on_every_task_and_one_up_to_the_endpoint(cli: CommandLine
     shown = cli.run("explain", "cards", "--limit", 5)
     assert "start it with: orchestrator serve" in shown
     assert "cards@1 on 5 of 24 gate examples: training changes" in shown
-    cli.run("serve", "--port", 8500 + random.randrange(400))
+    cli.run("serve", "--port", free_port())
     for task, num_examples in (("cards", 24), ("shorten", 4)):
         ladder = cli.json("explain", task)
         rungs = {rung["name"]: rung for rung in ladder["rungs"]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ import transformers
 import yaml
 
 from e2e.conftest import DATA, CommandLine, demo_task, needs_minilm, wait_for
+from e2e.endpoint import free_port
 from multilora.base_files import find_base
 from multilora.spec import BaseSpec
 
@@ -49,7 +49,7 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     assert [row["num_versions"] for row in cli.json("status")["tasks"]] == [1, 1]
 
     # The endpoint answers as plain PEFT does.
-    port = 8500 + random.randrange(400)
+    port = free_port()
     cli.run("serve", "--port", port)
     url = f"http://127.0.0.1:{port}"
     texts = ["Whose idea was the weekend?", "How many legs has a crab?", "Why is the sea salty?", "Which street is it in?"]
@@ -160,6 +160,6 @@ def test_the_python_example_of_the_readme(cli: CommandLine, tmp_path: Path) -> N
     outcome, report_file = cli.python(before).split()
     assert outcome == "CLEAR"
     assert Path(report_file).is_file()
-    cli.run("serve", "--port", 8500 + random.randrange(400))
+    cli.run("serve", "--port", free_port())
     asked = cli.python(block)
     assert asked.split()[-1] == "change"
