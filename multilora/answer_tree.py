@@ -9,6 +9,7 @@ Dims: L answers, N inner nodes with the root first, E edges.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,20 +101,25 @@ def laid_out(trees: Sequence[AnswerTree], width: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def decoder_positions(model: Any, depths_BN: Tensor) -> Iterator[None]:
-    """Make an encoder-decoder's decoder take positions from `depths_BN`; transformers offers no argument for that."""
-    decoder = model.get_decoder()
+    """Make an encoder-decoder's decoder take positions from `depths_BN`; transformers offers no argument for that.
+
+    In this thread alone: others may run passes of the same model side by side, each with a hook of its own.
+    """
+    decoder, own = model.get_decoder(), threading.get_ident()
     if model.config.model_type in T5_KINDS:
         attention = decoder.block[0].layer[0].SelfAttention  # computes the bias that all layers share
         bias_BHNN = _t5_bias(attention, depths_BN)
 
-        def with_bias(_: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, Any]:
-            return args, {**options, "position_bias": bias_BHNN}
+        def with_bias(_: nn.Module, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Any, Any] | None:
+            return (args, {**options, "position_bias": bias_BHNN}) if threading.get_ident() == own else None
 
         hook = attention.register_forward_pre_hook(with_bias, with_kwargs=True)
     else:
         embedding = decoder.embed_positions
         embedded_BNH = F.embedding(depths_BN + embedding.offset, embedding.weight)
-        hook = embedding.register_forward_hook(lambda module, args, output: embedded_BNH)
+        hook = embedding.register_forward_hook(
+            lambda module, args, output: embedded_BNH if threading.get_ident() == own else None
+        )
     try:
         yield
     finally:

@@ -1,11 +1,14 @@
 """Passes side by side: in order, without gradients, each on its share of the threads, and nothing left changed."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from multilora.lora import AdapterSlots
+from multilora.prompt import PromptFormat
+from multilora.scoring import ScoringRow, encode_labels, score_labels
 from multilora.segments import Segment
 from multilora.target_modules import match_modules
 from serve.forward_threads import ForwardThreads
@@ -68,3 +71,32 @@ def test_each_thread_has_its_own_routing(fresh_base, random_adapter):
     assert not torch.equal(alone[0], alone[1])
     assert all(torch.equal(found[slot], alone[slot]) for slot in range(2))
     assert slots.routing.segments == ()
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "bart"])
+def test_each_thread_has_its_own_answers_positions(kind, fresh_base):
+    """Label trees of other depths, both inside the model at once."""
+    base = fresh_base(kind)
+    slots = AdapterSlots(base.model, [], num_slots=1, max_rank=1)
+    texts = (("good", "good day", "bad"), ("order lost", "order late again", "order late now", "card"))
+    formats = [PromptFormat("seq2seq", "{text} {labels}", "text", tuple((text, "") for text in one), 64) for one in texts]
+    label_sets = [encode_labels(base, slots, one) for one in formats]
+    assert not any(labels.tree.is_chain for labels in label_sets)
+    ids = base.tokenizer("the order is late")["input_ids"]
+
+    def forward(number):
+        with torch.inference_mode():
+            return score_labels(base, slots, [ScoringRow(tuple(ids), None, label_sets[number])] * (1 + number))[0]
+
+    alone = [forward(number) for number in range(2)]
+    inside = threading.Barrier(2)
+
+    def meet(*_):
+        inside.wait(timeout=30)
+
+    hooks = [base.model.register_forward_pre_hook(meet), base.model.register_forward_hook(meet)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(forward, range(2)))
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(together[number], alone[number]) for number in range(2))
