@@ -42,10 +42,20 @@ class Result:
     """A candidate on the select split after one of its epochs."""
 
     epoch: int
-    value: float
-    """The gate's metric; 0.0 for a free-text task, which its loss alone decides."""
+    value: float | None
+    """The gate's metric; None for a free-text task, which its loss alone decides."""
     loss: float
     unix_ms: int
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Larger is better; the loss breaks the many ties of a small select split."""
+        return (-self.loss if self.value is None else self.value, -self.loss)
+
+    @property
+    def shown(self) -> float:
+        """The number that a person looks at."""
+        return self.loss if self.value is None else self.value
 
 
 @dataclass(frozen=True)
@@ -64,17 +74,19 @@ class Trail:
         return self.end == "finished" or any(result.epoch >= epoch for result in self.results)
 
     def best(self, epoch: int | None = None) -> tuple[float, float]:
-        """Best value up to an epoch, ties broken by loss, to be compared; NOTHING where there is none."""
-        seen = (result for result in self.results if epoch is None or result.epoch <= epoch)
-        return max(((result.value, -result.loss) for result in seen), default=NOTHING)
+        """Rank of its best result up to an epoch, to be compared; NOTHING where there is none."""
+        return max((result.rank for result in self.results if epoch is None or result.epoch <= epoch), default=NOTHING)
+
+    @property
+    def best_result(self) -> Result | None:
+        """Of the epoch whose adapter is kept."""
+        return max(self.results, key=lambda result: result.rank, default=None)
 
     @property
     def metrics(self) -> dict[str, float]:
         """Its best result as the trainer tells it of a finished adapter."""
-        if not self.results:
-            return {}
-        best = max(self.results, key=lambda result: (result.value, -result.loss))
-        return {"select/best": best.value, "train/best_epoch": float(best.epoch)}
+        best = self.best_result
+        return {"select/best": best.shown, "train/best_epoch": float(best.epoch)} if best else {}
 
 
 TRAILS = TypeAdapter(dict[str, Trail])
@@ -137,9 +149,14 @@ def fates(trails: Sequence[Trail], eta: int) -> list[Fate]:
 
 
 def winner(trails: Sequence[Trail]) -> int | None:
-    """The best of those that were trained to their end, ties broken by loss and then by order; None where all failed."""
+    """The best of those that were trained to their end, ties broken by loss and then by order; None where all failed.
+
+    The spec's own setting, which comes first, yields only to a better value: a lower loss alone is no reason to leave it.
+    """
     finished = [i for i, trail in enumerate(trails) if trail.end == "finished"]
-    return max(finished, key=lambda i: trails[i].best(), default=None)
+    best = max(finished, key=lambda i: trails[i].best(), default=None)
+    is_tie = best is not None and 0 in finished and trails[0].best()[0] == trails[best].best()[0]
+    return 0 if is_tie else best
 
 
 def planned_epochs(epochs: Sequence[int], eta: int) -> int:
@@ -192,23 +209,19 @@ FOUND = TypeAdapter(Found)
 def found_of(specs: Sequence[TaskSpec], trails: Sequence[Trail], num_select: int) -> Found | None:
     """Sum a search up; None where no candidate was trained to its end."""
     chosen = winner(trails)
-    if chosen is None:
+    best = None if chosen is None else trails[chosen].best_result
+    if chosen is None or best is None:
         return None
-    is_text = specs[0].labels is None
-
-    def shown(trail: Trail) -> float:
-        value, negative_loss = trail.best()
-        return -negative_loss if is_text else value
-
+    own = trails[0].best_result if trails[0].end == "finished" else None
     return Found(
         num_candidates=len(trails),
         num_dropped=sum(not trail.end for trail in trails),
         num_failed=sum(trail.end == "failed" for trail in trails),
         chosen=setting_of(specs[chosen]),
         is_own=chosen == 0,
-        metric="loss" if is_text else specs[0].gate.metric,
-        select=shown(trails[chosen]),
-        own_select=shown(trails[0]) if trails[0].end == "finished" else None,
+        metric="loss" if best.value is None else specs[0].gate.metric,
+        select=best.shown,
+        own_select=own.shown if own else None,
         num_select=num_select,
     )
 

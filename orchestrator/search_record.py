@@ -54,9 +54,9 @@ class SearchRecord:
 
     def _close_one(self, run_id: str, trail: Trail, end: str) -> None:
         """Write its select results by epoch, whatever curves a killed driver lost, and how it ended."""
-        for name in ("value", "loss"):
-            points = [(f"search/{name}", getattr(r, name), r.epoch, r.unix_ms) for r in trail.results]
-            self._registry.log_metrics(run_id, points)
+        values = [("search/value", r.value, r.epoch, r.unix_ms) for r in trail.results if r.value is not None]
+        losses = [("search/loss", r.loss, r.epoch, r.unix_ms) for r in trail.results]
+        self._registry.log_metrics(run_id, [*values, *losses])
         self._registry.set_tags(run_id, {TAG_CANDIDATE: f"{end}: {trail.reason}" if trail.reason else end})
         self._registry.end_run(run_id, is_ok=end not in ("failed", "not finished"))
 

@@ -126,5 +126,5 @@ def _noted(trail: Trail, event: TrainEvent) -> Trail:
     if any(result.epoch == epoch for result in trail.results):
         return trail
     values = [value for name, value in event.metrics.items() if name.startswith("select/") and name != "select/loss"]
-    result = Result(epoch, values[0] if values else 0.0, event.metrics["select/loss"], event.unix_ms)
+    result = Result(epoch, values[0] if values else None, event.metrics["select/loss"], event.unix_ms)
     return replace(trail, results=(*trail.results, result))

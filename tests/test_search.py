@@ -183,16 +183,25 @@ def test_laws_of_random_searches(seed):
     assert sum(len(one.results) for one in trails) <= planned_epochs([one.epochs for one in trails], eta)
     best = winner(trails)
     if not any(one.end == "failed" for one in trails):
-        assert trails[best].best() == max(one.best() for one in trails)
+        assert trails[best].best()[0] == max(one.best()[0] for one in trails)
 
 
 def test_the_winner_is_the_best_of_those_that_finished():
     done = {"end": "finished"}
     assert winner([trail(0.5, **done), trail(0.9), trail(0.7, **done), trail(0.8, end="failed")]) == 2
-    assert winner([trail(0.5, **done), trail(0.5, losses=[0.9], **done)]) == 1
+    assert winner([trail(0.4, **done), trail(0.5, **done), trail(0.5, losses=[0.9], **done)]) == 2
     assert winner([trail(0.5, **done), trail(0.5, **done)]) == 0
     assert winner([trail(0.3, 0.9, 0.2, **done), trail(0.8, **done)]) == 0
     assert winner([trail(0.5, end="failed"), trail(0.9)]) is None
+
+
+def test_the_specs_own_setting_yields_only_to_a_better_value():
+    done = {"end": "finished"}
+    assert winner([trail(0.5, **done), trail(0.5, losses=[0.1], **done)]) == 0
+    assert winner([trail(0.5, end="failed"), trail(0.5, losses=[0.1], **done), trail(0.5, **done)]) == 1
+    # Of a free-text task the loss is the value.
+    assert winner([trail(None, losses=[0.4], **done), trail(None, losses=[0.1], **done)]) == 1
+    assert trail(None, losses=[0.4]).metrics == {"select/best": 0.4, "train/best_epoch": 1.0}
 
 
 def test_planned_epochs_by_hand():
@@ -235,7 +244,7 @@ def test_what_was_found_is_said_with_the_reason_not_to_trust_it(trails, said):
 
 def test_a_free_text_search_is_decided_by_loss():
     changes = {"labels": None, "instruction": "{text}"}
-    trails = [trail(0.0, losses=[0.9], end="finished"), trail(0.0, losses=[0.4], end="finished")]
+    trails = [trail(None, losses=[0.9], end="finished"), trail(None, losses=[0.4], end="finished")]
     found = found_of(specs_of(2, **changes), trails, 5)
     assert (found.metric, found.select, found.own_select, found.chosen["rank"]) == ("loss", 0.4, 0.9, 16)
 
