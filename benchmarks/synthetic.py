@@ -73,6 +73,7 @@ def group_of(
             if (name := task.member.run_key)
         ]
         trainer = GroupTrainer(base_of(model), members, len(members), on_event)
+        trainer.admit()
         steps = iter(range(num_steps))
 
         def stopped() -> Collection[str]:

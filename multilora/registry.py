@@ -19,7 +19,7 @@ import filelock
 import mlflow
 import tenacity
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunData, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
@@ -29,7 +29,7 @@ from multilora.mlflow_errors import named_errors, patiently
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 TAG_OWNER, TAG_STATUS, TAG_RUN_KEY, TAG_REASON = "orchestrator", "status", "run_key", "end_reason"
-TAG_ATTEMPT = "attempt"
+TAG_ATTEMPT, TAG_PARENT = "attempt", "mlflow.parentRunId"
 ADAPTER_PATH = "adapter"
 REPORTS = "regression-reports"
 """Experiment of the cross-task reports; no task can bear this name."""
@@ -118,8 +118,13 @@ class Registry:
         found = self._client.search_runs([experiment_id], f"tags.{TAG_ATTEMPT} = '{tags[TAG_ATTEMPT]}'")
         name = f"{task}-{run_key[:8]}"
         run = found[0] if found else self._client.create_run(experiment_id, run_name=name, tags=all_tags)
-        self._client.log_batch(run.info.run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
+        self.log_params(run.info.run_id, params)
         return RunRecord(run.info.run_id, task, run_key, all_tags.get(TAG_STATUS, ""), all_tags, {})
+
+    @patiently
+    def log_params(self, run_id: str, params: Mapping[str, object]) -> None:
+        """Add parameters to a run; MLflow refuses another value of one that it has."""
+        self._client.log_batch(run_id, params=[Param(name, str(value)[:6000]) for name, value in params.items()])
 
     @patiently
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -259,8 +264,8 @@ class Registry:
         return sorted(map(_version, found), key=lambda version: version.version)
 
     def runs(self, task: str) -> list[RunRecord]:
-        """All runs of a task, newest first."""
-        return self._search_runs(task)
+        """All runs of a task, newest first, without those of a search's candidates."""
+        return [run for run in self._search_runs(task) if TAG_PARENT not in run.tags]
 
     @patiently
     def download(self, version: AdapterVersion, folder: Path) -> Path:
@@ -302,17 +307,12 @@ class Registry:
     def _search_runs(self, task: str, query: str = "") -> list[RunRecord]:
         experiment = self._client.get_experiment_by_name(task)
         runs = self._client.search_runs([experiment.experiment_id], query) if experiment else []
-        return [
-            RunRecord(
-                run.info.run_id,
-                task,
-                run.data.tags.get(TAG_RUN_KEY, ""),
-                run.data.tags.get(TAG_STATUS, ""),
-                dict(run.data.tags),
-                dict(run.data.metrics),
-            )
-            for run in runs
-        ]
+        return [_run(task, run.info.run_id, run.data) for run in runs]
+
+
+def _run(task: str, run_id: str, data: RunData) -> RunRecord:
+    tags = dict(data.tags)
+    return RunRecord(run_id, task, tags.get(TAG_RUN_KEY, ""), tags.get(TAG_STATUS, ""), tags, dict(data.metrics))
 
 
 def _download_folder(version: AdapterVersion, folder: Path) -> Path:

@@ -1,9 +1,7 @@
-"""The task spec: one YAML file = one task = one adapter. Its parts, their rules and its hash; knows no torch and no data."""
+"""The task spec: one YAML file = one task = one adapter. Its parts and their rules; knows no torch and no data."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import string
@@ -27,11 +25,6 @@ _LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 LABEL_KEY = re.compile(rf"({_LABEL}(\.{_LABEL})*/)?{_LABEL}")
 LABEL_RULE = re.compile(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
 """Names and wanted values of node labels. Source: Ray's label selectors (ray._private.label_utils)."""
-LATER_FIELDS = {
-    "lora": ("method", "rslora", "plus_ratio", "layers"),
-    "train": ("schedule", "warmup_ratio", "weight_decay", "max_grad_norm"),
-}
-"""Fields that the hash leaves out at their default, so that adapters trained before a field came stay up to date."""
 
 
 class Part(BaseModel):
@@ -156,6 +149,21 @@ class TrainSpec(Part):
     """Stop after this many epochs without a better result on the select split; omit to train all epochs."""
 
 
+class SearchSpec(Part):
+    """Settings that are tried together in one training group; the select split chooses one, which the gate judges."""
+
+    learning_rate: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[], max_length=32)
+    """Learning rates to try; where all three lists are omitted a third of, once and three times the spec's own."""
+    rank: list[Annotated[int, Field(ge=1, le=256)]] = Field(default=[], max_length=32)
+    """Ranks to try, alpha unchanged; where all three lists are omitted half of, once and twice the spec's own."""
+    epochs: list[Annotated[int, Field(ge=1, le=1000)]] = Field(default=[], max_length=32)
+    """Numbers of epochs to try."""
+    num_candidates: int = Field(default=16, ge=2, le=256)
+    """Most settings to try, the spec's own among them; of more combinations train.seed draws so many."""
+    eta: Literal[1, 2, 3] = 2
+    """Successive halving: of the candidates one in so many goes on after each round, and the spec's own; 1 ends none early."""
+
+
 class GenerationSpec(Part):
     """How the answers of a free-text task are written."""
 
@@ -235,6 +243,8 @@ class TaskSpec(Part):
     """Adapter shape."""
     train: TrainSpec = TrainSpec()
     """Training settings."""
+    search: SearchSpec | None = None
+    """Settings to try beside the spec's own; `search: {}` tries the defaults, as `orchestrator submit --search` does."""
     generation: GenerationSpec | None = None
     """Settings of a free-text task's answers; omit for the defaults, and for a classification task."""
     resources: ResourceSpec = ResourceSpec()
@@ -251,6 +261,10 @@ class TaskSpec(Part):
             raise ValueError(f"the instruction never shows the input: put {{{self.data.text}}} into it, or set data.text")
         if self.data.label in self.columns:
             raise ValueError(f"the instruction shows the answer: take {{{self.data.label}}} out of it")
+        own = {"learning_rate": self.train.learning_rate, "rank": self.lora.rank, "epochs": self.train.epochs}
+        listed = {name: {*getattr(self.search, name)} for name in own if self.search and getattr(self.search, name)}
+        if listed and all(values == {own[name]} for name, values in listed.items()):
+            raise ValueError("search lists nothing but the spec's own values; add others, or omit all three lists")
         if self.labels is None:
             if "labels" in fields:
                 raise ValueError("the instruction has {labels} but the task lists none: add labels, or take the field out")
@@ -319,26 +333,6 @@ def template_fields(template: str, where: str = "instruction") -> tuple[str, ...
             raise ValueError(f"{where}: {{{field}}} is not a plain column name; write {{{{ and }}}} for literal braces")
         fields[field] = None
     return tuple(fields)
-
-
-def spec_hash(spec: TaskSpec) -> str:
-    """Hash what decides the trained weights, 16 hex digits; data and base content are hashed by their owners."""
-    decisive = spec.model_dump(mode="json", include={"instruction", "labels", "lora", "train"})
-    for part, default in (("lora", LoraSpec()), ("train", TrainSpec())):
-        for name in LATER_FIELDS[part]:
-            if decisive[part][name] == getattr(default, name):
-                del decisive[part][name]
-    if spec.instructions:
-        decisive["instructions"] = spec.instructions
-    decisive["columns"] = [spec.data.text, spec.data.label]
-    decisive["base"] = [spec.base.dtype, spec.base.quantization]
-    decisive["metric"] = spec.gate.metric  # it chooses the epoch
-    if spec.labels is None:
-        decisive["max_new_tokens"] = spec.max_new_tokens
-    if spec.label_score != "sum":
-        decisive["label_score"] = spec.label_score
-    # Label order is part of the prompt, so keys stay in the user's order.
-    return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
 
 
 def task_json_schema() -> dict[str, Any]:

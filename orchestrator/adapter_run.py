@@ -15,10 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from multilora.base_model import FrozenBase
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat
-from multilora.scoring import LabelSet
+from multilora.scoring import LabelSet, encode_answer
+from multilora.spec import TaskSpec
 from orchestrator.batching import num_steps_per_epoch
+from orchestrator.dataset import Example
 from orchestrator.group_task import Member
 from orchestrator.metrics import METRICS
 from orchestrator.schedule import learning_rate
@@ -149,3 +152,10 @@ def _parameters(run: AdapterRun) -> list[Tensor]:
 def now_ms() -> int:
     """Unix time in milliseconds."""
     return int(time.time() * 1000)
+
+
+def label_sets_of(base: FrozenBase, spec: TaskSpec, labels: LabelSet, examples: Sequence[Example]) -> list[LabelSet]:
+    """The labels that each example's loss is computed over; of a free text only the gold one is known."""
+    if spec.max_new_tokens is None:
+        return [labels] * len(examples)
+    return [encode_answer(base, example.label, spec.max_new_tokens) for example in examples]

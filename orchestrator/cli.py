@@ -21,7 +21,18 @@ from orchestrator.cli_evidence import evidence_app
 from orchestrator.cli_export import export_app
 from orchestrator.cli_init import init_app
 from orchestrator.cli_keys import keys_app
-from orchestrator.cli_options import Files, Force, Json, Workspace, config_of, errors, load_specs, print_json, print_problems
+from orchestrator.cli_options import (
+    Files,
+    Force,
+    Json,
+    Search,
+    Workspace,
+    config_of,
+    errors,
+    load_specs,
+    print_json,
+    print_problems,
+)
 from orchestrator.cli_router import router_app
 from orchestrator.cli_submit import submit_app
 
@@ -79,6 +90,7 @@ def plan(
     files: Files,
     as_json: Json = False,
     force: Force = False,
+    search: Search = False,
     workspace: Workspace = None,
     gpu_price: Annotated[
         float | None, typer.Option("--gpu-price", envvar="ORCHESTRATOR_GPU_PRICE", min=0, help="Price of one GPU for an hour.")
@@ -87,7 +99,7 @@ def plan(
     """Show what submit would train together, how long, in how much memory and at what price, and stop."""
     from orchestrator import api, tables
 
-    specs, problems = load_specs(files)
+    specs, problems = load_specs(files, search=search)
     with errors():
         planned = api.plan(specs, config_of(workspace), force=force)
     problems += planned.problems
@@ -100,6 +112,7 @@ def plan(
                 "makespan_s": planned.plan.makespan_s,
                 "gpu_hours": planned.plan.gpu_hours,
                 "cost": None if gpu_price is None else planned.plan.gpu_hours * gpu_price,
+                "notes": planned.notes,
                 "problems": [asdict(problem) for problem in problems],
             }
         )

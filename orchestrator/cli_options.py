@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Files = Annotated[list[Path], typer.Argument(help="Task spec files.", metavar="TASK.yaml...")]
 Force = Annotated[bool, typer.Option("--force", help="Train again what has not changed.")]
+Search = Annotated[
+    bool, typer.Option("--search", help="Try several learning rates and ranks per task together, or what its `search:` lists.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Workspace = Annotated[
     Path | None, typer.Option("--workspace", help="Folder for all state; default ORCHESTRATOR_HOME, else .orchestrator.")
@@ -34,15 +37,19 @@ def config_of(workspace: Path | None) -> OrchestratorConfig:
     return OrchestratorConfig.from_environment(workspace)
 
 
-def load_specs(files: list[Path]) -> tuple[list[TaskSpec], list[Problem]]:
-    """Load the specs that are right, and name what is wrong with the others; nothing right ends the command."""
+def load_specs(files: list[Path], *, search: bool = False) -> tuple[list[TaskSpec], list[Problem]]:
+    """Load the specs that are right, and name what is wrong with the others; nothing right ends the command.
+
+    With `search` those that ask for no search get the default one.
+    """
     from multilora.spec_files import try_load_task_specs
+    from orchestrator.search import searched
 
     loaded = try_load_task_specs(files)
     if not loaded.specs:
         print_problems(loaded.problems)
         raise typer.Exit(2)
-    return list(loaded.specs), list(loaded.problems)
+    return [searched(spec) if search else spec for spec in loaded.specs], list(loaded.problems)
 
 
 @contextmanager

@@ -146,3 +146,7 @@ class OrchestratorConfig(Part):
     def checkpoint_file(self, run_key: str) -> Path:
         """Where a run's training state is kept while it trains."""
         return self.workspace / "checkpoints" / f"{run_key}.safetensors"
+
+    def trails_file(self, run_key: str) -> Path:
+        """How the candidates of a run's search did on the select split."""
+        return self.workspace / "searches" / f"{run_key}.json"

@@ -18,7 +18,7 @@ from multilora.artifact import digest_in, read_artifact
 from multilora.errors import MultiLoraError
 from multilora.fingerprint import changed_parts, digest_of
 from multilora.registry import CHALLENGER, CHAMPION, TAG_REASON, TAG_STATUS, Registry
-from multilora.spec import spec_hash
+from multilora.spec_hash import spec_hash
 from orchestrator.comparison import Evidence
 from orchestrator.config import OrchestratorConfig
 from orchestrator.eval_report import load_reports
@@ -26,6 +26,7 @@ from orchestrator.files import write_whole
 from orchestrator.judge import Verdict
 from orchestrator.prepare import PreparedTask, git_sha
 from orchestrator.report import TaskOutcome
+from orchestrator.search_record import SearchRecord, found_in
 from orchestrator.state import Action, Event, RunFacts, Status, Update, advance, next_action
 from orchestrator.work import TaskWork
 
@@ -53,20 +54,24 @@ class Controller:
     ) -> None:
         """`submission` is the id of the one that is driven."""
         self._config, self._registry, self._on_update, self._submission = config, registry, on_update, submission
+        self._searches = SearchRecord(config, registry)
 
     def observe(self, prepared: PreparedTask, *, force: bool = False) -> TaskWork:
         """Look up what is known of the task's run and decide what comes next; `force` forgets what other submissions trained."""
         task, run_key = prepared.spec.name, prepared.run_key
         run = self._registry.find_run(task, run_key)
         if force and (run is None or run.tags.get(TAG_SUBMISSION) != self._submission):
-            shutil.rmtree(self._config.adapter_dir(run_key), ignore_errors=True)
-            self._config.checkpoint_file(run_key).unlink(missing_ok=True)
+            for key in (run_key, *prepared.trainings):
+                shutil.rmtree(self._config.adapter_dir(key), ignore_errors=True)
+                self._config.checkpoint_file(key).unlink(missing_ok=True)
+            self._config.trails_file(run_key).unlink(missing_ok=True)
             run = None
         champion = self._registry.by_alias(task, CHAMPION)
         status = Status(run.status) if run and run.status else Status.NEW
         version = self._registry.version_of_run(run) if run else None
         work = TaskWork(prepared, run, status, Action.TRAIN, champion, version)
         work.reports = load_reports(self._config.answers_file(run_key)) if run else {}
+        work.found = found_in(run.tags) if run else None
         if status is Status.EVALUATED and not work.reports:
             work.status = Status.REGISTERED  # the workspace with the stored answers is gone
         is_champion = bool(champion and version and champion.version == version.version)
@@ -91,6 +96,10 @@ class Controller:
             self._registry.log_texts(work.run.run_id, {"spec.json": prepared.spec.model_dump_json(indent=2)})
         self.move(work, Event.STARTED)
 
+    def candidate_run(self, work: TaskWork, run_key: str) -> str:
+        """The id of the MLflow run of one candidate of a task's search."""
+        return self._searches.run_of(work, run_key)
+
     def register(self, work: TaskWork) -> None:
         """Make the finished adapter a version of the task, alias challenger."""
         assert work.run is not None
@@ -100,12 +109,14 @@ class Controller:
                 self.move(work, Event.FINISHED)
             folder = self._config.adapter_dir(prepared.run_key)
             artifact = read_artifact(folder)
+            work.found = self._searches.close(work)
             tags = {
                 "run_key": prepared.run_key,
                 "base": prepared.spec.base.model,
-                "rank": str(prepared.spec.lora.rank),
+                "rank": str(artifact.card.rank),
                 "data_fingerprint": prepared.dataset.fingerprint[:16],
                 "gate": prepared.spec.gate.model_dump_json(),
+                **({"search": work.found.sentence} if work.found else {}),
             }
             description = prepared.spec.description or work.task
             work.version = self._registry.register(work.run, folder, artifact.digest, PYFUNC_CODE, description, tags)
@@ -200,6 +211,7 @@ class Controller:
             policy=spec.gate.policy,
             changed=self._changed(work),
             run_id=work.run.run_id if work.run else "",
+            search=work.found,
         )
 
     def _changed(self, work: TaskWork) -> tuple[str, ...]:
@@ -213,6 +225,7 @@ class Controller:
         """Say that a task's run failed; the others go on."""
         work.error = reason
         self.move(work, Event.FAILED, reason)
+        self._searches.close(work)
         if work.run:
             self._registry.end_run(work.run.run_id, is_ok=False)
 
@@ -221,6 +234,7 @@ class Controller:
         work.error = reason or "cancelled; submit again to continue"
         if work.status is Status.TRAINING and work.run:
             self.move(work, Event.CANCELLED, work.error)
+            self._searches.close(work)
             self._registry.end_run(work.run.run_id, is_ok=False)
         else:  # it never began
             self._on_update(Update(work.task, str(Status.CANCELLED), message=work.error))

@@ -254,8 +254,13 @@ def planned_submission(
 ) -> PlannedSubmission:
     """What a person should see of a plan."""
     sizes = {task.spec.name: len(task.dataset.train) for task in prepared}
-    notes = tuple(f"{task.spec.name}: {note}" for task in prepared for note in task.dataset.notes)
-    return PlannedSubmission(plan, tuple(unchanged), tuple(problems), sizes, notes)
+    notes = [f"{task.spec.name}: {note}" for task in prepared for note in task.dataset.notes]
+    notes += [
+        f"{task.spec.name}: search of {task.need.num_candidates} candidates in one group, {task.need.epochs} epochs at most"
+        for task in prepared
+        if task.spec.search and task.spec.name not in unchanged
+    ]
+    return PlannedSubmission(plan, tuple(unchanged), tuple(problems), sizes, tuple(notes))
 
 
 def plan_of(needs: Sequence[TaskNeed], size: ClusterSize, config: OrchestratorConfig) -> Plan:

@@ -24,7 +24,10 @@ class Member:
 
 @dataclass(frozen=True)
 class TrainEvent:
-    """What happened to one adapter; `kind` is started, progress, halved (micro-batches), epoch, finished, failed or stopped."""
+    """What happened to one adapter.
+
+    `kind` is started, progress, halved (micro-batches), epoch, finished, failed, stopped, or dropped from its search.
+    """
 
     kind: str
     task: str
@@ -39,6 +42,23 @@ class TrainEvent:
 
 
 @dataclass(frozen=True)
+class SearchTask:
+    """A task whose adapter is the best of several members."""
+
+    task: str
+    run_key: str
+    """Of the task's own run; events with it tell what became of the search."""
+    candidates: tuple[str, ...]
+    """Run keys of the members, the spec's own setting first."""
+    eta: int
+    """See `SearchSpec`."""
+    adapter_dir: str
+    """Where the best one's adapter goes."""
+    trails_file: str
+    """Where the candidates' results are kept."""
+
+
+@dataclass(frozen=True)
 class GroupTask:
     """Everything that one group's worker needs."""
 
@@ -50,3 +70,4 @@ class GroupTask:
     mailbox: Any
     """Handle of the `Mailbox` actor."""
     log_file: str
+    searches: tuple[SearchTask, ...] = ()

@@ -28,20 +28,19 @@ class Pace:
     def note(self, event: TrainEvent) -> None:
         """Take notice of a step."""
         if event.kind == "progress":
-            self._first.setdefault(event.task, event)
-            self._last[event.task] = event
+            self._first.setdefault(event.run_key, event)
+            self._last[event.run_key] = event
 
     def learn(self, groups: Sequence[TrainingGroup], num_flops: Mapping[str, float]) -> None:
-        """Turn the steps of `groups` into rates and keep them. `num_flops`: task -> operations of its whole training."""
+        """Turn the steps of `groups` into rates and keep them. `num_flops`: run key -> operations of its whole training."""
         for group in groups:
-            seen = [task for task in group.members if task in self._first]
-            if not seen:
+            spans = [(first, self._last[key]) for key, first in self._first.items() if first.task in group.members]
+            if not spans:
                 continue
-            spans = [(self._first[task], self._last[task]) for task in seen]
             seconds = (max(last.unix_ms for _, last in spans) - min(first.unix_ms for first, _ in spans)) / 1000
             if seconds >= MIN_SECONDS:
                 # Resumed, stopped and failed trainings count for the steps that they did.
-                done = sum(num_flops[first.task] * (last.step - first.step) / last.num_steps for first, last in spans)
+                done = sum(num_flops[first.run_key] * (last.step - first.step) / last.num_steps for first, last in spans)
                 key, rate = rate_key(group.base, group.gpus), done / seconds / (group.workers * (group.gpus or group.cpus))
                 self.rates[key] = (self.rates.get(key, rate) + rate) / 2
         write_whole(self._file, (json.dumps(self.rates, indent=1, sort_keys=True) + "\n").encode())

@@ -43,9 +43,12 @@ class TaskNeed:
     num_adapter_parameters: int
     num_train: int
     epochs: int
+    """Of all its candidates together."""
     batch_size: int
     tokens_per_example: float
     resources: ResourceSpec
+    num_candidates: int = 1
+    """Adapters that are trained for it, in one group; more than one where it is searched."""
 
     @property
     def num_steps(self) -> int:
@@ -231,7 +234,7 @@ def _budget(gpus: float, cluster: ClusterSize) -> int:
 def _group(
     lane: Sequence[TaskNeed], gpus: float, cpus: float, cluster: ClusterSize, max_slots: int, rates: Mapping[str, float]
 ) -> TrainingGroup:
-    num_slots = min(max_slots, len(lane))
+    num_slots = min(max_slots, sum(need.num_candidates for need in lane))
     while num_slots > 1 and _memory_bytes(lane, num_slots) > _budget(gpus, cluster):
         num_slots -= 1
     num_flops = sum(need.num_flops for need in lane)
@@ -257,7 +260,7 @@ def _group(
 def _memory_bytes(lane: Sequence[TaskNeed], num_slots: int) -> int:
     """Estimate one worker: base once, adapters and optimiser of the slots, activations of the largest joint step."""
     first = lane[0]
-    largest = sorted((need.tokens_per_step for need in lane), reverse=True)[:num_slots]
+    largest = sorted((need.tokens_per_step for need in lane for _ in range(need.num_candidates)), reverse=True)[:num_slots]
     adapters = num_slots * max(need.num_adapter_parameters for need in lane) * BYTES_PER_ADAPTER_PARAMETER
     activations = sum(largest) * first.activation_bytes_per_token
     return int(WORKER_BYTES + first.base_bytes + adapters + activations)

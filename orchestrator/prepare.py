@@ -7,14 +7,17 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean
 
 from multilora.base_files import BaseFiles, find_base
 from multilora.errors import DataError, Problem, SpecError
 from multilora.prompt import PromptFormat, label_wordings
-from multilora.spec import BaseSpec, TaskSpec, spec_hash
+from multilora.spec import BaseSpec, TaskSpec
+from multilora.spec_hash import spec_hash
 from orchestrator.dataset import TaskDataset, build_dataset
 from orchestrator.plan import TaskNeed
+from orchestrator.search import candidates, planned_epochs
 
 CHARS_PER_TOKEN = 4.0
 
@@ -29,6 +32,18 @@ class PreparedTask:
     run_key: str
     """Hash of everything that decides the trained weights; equal keys mean there is nothing to train."""
 
+    @cached_property
+    def trainings(self) -> dict[str, TaskSpec]:
+        """Run key -> spec of every adapter to train: the task's own, or the candidates of its search, the own setting first."""
+        found = candidates(self.spec)
+        return {_hash([self.run_key, spec_hash(spec)]): spec for spec in found} or {self.run_key: self.spec}
+
+    @property
+    def num_flops(self) -> dict[str, float]:
+        """Operations of each of the trainings."""
+        need = self.need
+        return {key: need.num_flops * spec.train.epochs / need.epochs for key, spec in self.trainings.items()}
+
     @property
     def gate_hash(self) -> str:
         """Hash of the gate's settings."""
@@ -41,9 +56,10 @@ class PreparedTask:
         params = {f"{part}.{name}": value for part, values in nested.items() for name, value in values.items()}
         sizes = {f"num_{split}": len(getattr(self.dataset, split)) for split in ("train", "select", "gate")}
         kind = {"num_labels": len(self.spec.labels)} if self.spec.labels else {"max_new_tokens": self.spec.max_new_tokens}
-        return {**params, **sizes, **kind}
+        search = self.spec.search.model_dump(mode="json", exclude_defaults=True) if self.spec.search else {}
+        return {**params, **sizes, **kind, **{f"search.{name}": value for name, value in search.items()}}
 
-    @property
+    @cached_property
     def need(self) -> TaskNeed:
         """What the plan must know; tokens are estimated from characters."""
         spec, files = self.spec, self.base_files
@@ -56,6 +72,7 @@ class PreparedTask:
         if spec.max_new_tokens is not None:
             num_chars = sum(len(example.label) for example in self.dataset.train) / len(self.dataset.train)
             num_tokens += min(num_chars / CHARS_PER_TOKEN + 1, spec.max_new_tokens)
+        trained = list(self.trainings.values())
         share_of_layers = 1.0 if spec.lora.layers is None else min(1.0, len(spec.lora.layers) / files.num_layers)
         return TaskNeed(
             task=spec.name,
@@ -64,12 +81,13 @@ class PreparedTask:
             num_quantised_parameters=files.num_quantised,
             num_layers=files.num_layers,
             hidden_size=files.hidden_size,
-            num_adapter_parameters=int(spec.lora.rank * files.num_linear_features * share_of_layers),
+            num_adapter_parameters=int(max(one.lora.rank for one in trained) * files.num_linear_features * share_of_layers),
             num_train=len(self.dataset.train),
-            epochs=spec.train.epochs,
+            epochs=planned_epochs([one.train.epochs for one in trained], spec.search.eta if spec.search else 1),
             batch_size=spec.train.batch_size,
             tokens_per_example=num_tokens,
             resources=spec.resources,
+            num_candidates=len(trained),
         )
 
 
@@ -115,7 +133,10 @@ def _prefixed(task: str, where: str) -> str:
 
 
 def _run_key(spec: TaskSpec, dataset: TaskDataset, files: BaseFiles) -> str:
-    parts = [spec.name, spec_hash(spec), dataset.fingerprint, files.fingerprint]
+    return _hash([spec.name, spec_hash(spec), dataset.fingerprint, files.fingerprint])
+
+
+def _hash(parts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -28,6 +28,7 @@ from orchestrator.report_parts import (
 )
 from orchestrator.report_sentence import evidence_of, next_step, sentence_of
 from orchestrator.report_words import Decision, percent, signed
+from orchestrator.search import Found
 
 SCHEMA_VERSION = 2
 State = Literal["judged", "rechecked", "unchanged", "verified", "failed"]
@@ -84,6 +85,8 @@ class TaskOutcome:
     """Sentences about training examples that are (nearly) gate examples of some task."""
     run_id: str = ""
     """MLflow run of the candidate's training."""
+    search: Found | None = None
+    """What the search for the candidate's settings found."""
 
 
 _OUTCOME_OF = {
@@ -167,6 +170,7 @@ def _task(outcome: TaskOutcome, labels_elsewhere: Set[str], release_error: str) 
         "reference": outcome.reference,
         "is_first_version": outcome.reference == "zero-shot",
         "run_id": outcome.run_id,
+        "search": {**asdict(outcome.search), "sentence": outcome.search.sentence} if outcome.search else None,
         "changed": sorted(outcome.changed),
         "num_consults": outcome.num_consults,
         "contamination": list(outcome.contamination),
@@ -320,6 +324,8 @@ def _warnings(task: dict[str, Any]) -> list[str]:
         )
     if candidate and candidate["num_truncated"]:
         found.append(f"{candidate['num_truncated']} of {task['num_examples']} inputs were cut to fit max_length")
+    if task["search"]:
+        found.append(task["search"]["sentence"])
     return [*found, *task["contamination"]]
 
 

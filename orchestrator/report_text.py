@@ -57,6 +57,9 @@ def markdown(report: dict[str, Any]) -> str:
     room -= sum(map(len, rows))
     reasons, _ = _fitting(reasons, room // 2)
     room -= sum(map(len, reasons))
+    quiet = [task for task in report["tasks"] if task["search"] and _tone(task) in ("good", "calm")]  # others say it above
+    searches, _ = _fitting([f"- **{plain(task['task'])}**: {plain(task['search']['sentence'])}" for task in quiet], room // 2)
+    room -= sum(map(len, searches))
     live, _ = _fitting([f"- {plain(row['sentence'])}" for row in report["live"]], room // 2)
     room -= sum(map(len, live))
     flips, _ = _fitting([_flips_of(task) for task in report["tasks"] if task["flips"]], room)
@@ -65,7 +68,7 @@ def markdown(report: dict[str, Any]) -> str:
         parts.append(f"{num_rows_hidden} more tasks are in report.html.")
     if live:
         live = ["### Live: champion against challenger (agreement, not accuracy)", "\n".join(live)]
-    parts += ["\n".join(reasons), *live, *flips, tail]
+    parts += ["\n".join(reasons), "\n".join(searches), *live, *flips, tail]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from multilora.registry import CHAMPION, Registry
 from orchestrator.config import OrchestratorConfig
+from orchestrator.search_record import found_in
 
 COMPARED = "COMPARED"
 """Status of a run that is a comparison (compare.py) and no training."""
@@ -21,6 +22,8 @@ class TaskStatus:
     num_versions: int
     status: str
     reason: str
+    search: str = ""
+    """What the search of the last run found."""
 
 
 def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) -> list[TaskStatus]:
@@ -32,6 +35,7 @@ def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) 
         runs = [run for run in registry.runs(task) if run.status != COMPARED]
         champion = registry.by_alias(task, CHAMPION)
         latest = runs[0] if runs else None
+        found = found_in(latest.tags) if latest else None
         rows.append(
             TaskStatus(
                 task,
@@ -39,6 +43,7 @@ def status(config: OrchestratorConfig | None = None, tasks: Iterable[str] = ()) 
                 len(registry.versions(task)),
                 latest.status if latest else "NEW",
                 latest.tags.get("end_reason", "") if latest else "",
+                found.sentence if found else "",
             )
         )
     return rows

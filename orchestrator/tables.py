@@ -84,6 +84,9 @@ def print_status(rows: Sequence[TaskStatus], submissions: Sequence[tuple[str, St
     for row in rows:
         table.add_row(row.task, f"v{row.champion}" if row.champion else "none", str(row.num_versions), row.status, row.reason)
     print_rich(table)
+    for row in rows:
+        if row.search:
+            print(f"{row.task}: {row.search}")
     for name, state in submissions:
         print(f"{name}: {state.status}{f' ({state.reason})' if state.reason else ''} since {_clock(state.since)}")
     print(f"endpoint: {endpoint or 'not running'}")

@@ -19,7 +19,8 @@ from multilora.artifact import read_artifact
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, DataError
 from multilora.prompt import PromptFormat, encode_prompt
-from multilora.spec import TaskSpec, spec_hash
+from multilora.spec import TaskSpec
+from multilora.spec_hash import spec_hash
 from orchestrator.batching import num_steps_per_epoch
 from orchestrator.dataset import Example, fingerprint_of_rows
 from orchestrator.files import write_whole

@@ -25,9 +25,9 @@ from multilora.generate import answer_text, generate
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import SCORER_VERSION, LabelSet, ScoringRow, answer_losses, encode_answer, encode_labels, score_labels
-from multilora.spec import TaskSpec, spec_hash
+from multilora.spec_hash import spec_hash
 from multilora.target_modules import match_modules
-from orchestrator.adapter_run import AdapterRun, load_state, now_ms, save_state
+from orchestrator.adapter_run import AdapterRun, label_sets_of, load_state, now_ms, save_state
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example
 from orchestrator.frozen_prefix import FrozenPrefix
@@ -37,6 +37,7 @@ from orchestrator.group_task import Member, TrainEvent
 from orchestrator.micro_batches import MicroBatches
 from orchestrator.ranks import ALONE, RankError, Ranks, balanced_shares
 
+RunKeys = Callable[[], Collection[str]]
 NUM_CANARIES = 4
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
 
@@ -64,7 +65,7 @@ class GroupTrainer:
             except AdapterError as error:
                 self._refuse(member, error)
         self._waiting = [member for member in members if member.run_key in self._modules_of]
-        wanted = {name for names in self._modules_of.values() for name in names}
+        wanted = set[str]().union(*self._modules_of.values())
         ordered = [name for name in match_modules(base.model, "all-linear") if name in wanted]
         max_rank = max((member.spec.lora.rank for member in self._waiting), default=1)
         self.num_slots = min(num_slots, len(self._waiting))
@@ -78,11 +79,14 @@ class GroupTrainer:
         self._active: list[AdapterRun] = []
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
-    def train(self, stopped: Callable[[], Collection[str]], checkpoint_every_s: float) -> None:
-        """Train all members to their end; those whose run keys `stopped` names are saved and left."""
+    def train(self, stopped: RunKeys, checkpoint_every_s: float, held: RunKeys = frozenset) -> None:
+        """Train all members to their end; those that `stopped` names are saved and left, those that `held` names wait."""
         saved_at = time.monotonic()
-        while self._admit():
-            if self._stop(self._ranks.from_first(stopped)):
+        while self._waiting or self._active:
+            leaving, waiting = self._ranks.from_first(lambda: (stopped(), held()))
+            self._leave(leaving, waiting)
+            self.admit(waiting)
+            if not self._active:
                 continue
             batch = self.next_batch()
             try:
@@ -101,6 +105,25 @@ class GroupTrainer:
     def detach(self) -> None:
         """Give the base its own layers back; this trainer is of no use afterwards."""
         self._wrapped.close()
+
+    def admit(self, held: Collection[str] = ()) -> None:
+        """Give free slots to members that wait for one and for nothing else."""
+        for member in [member for member in self._waiting if member.run_key not in held]:
+            if len(self._active) == self.num_slots:
+                return
+            self._waiting.remove(member)
+            if self._report_if_trained(member):
+                continue
+            slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
+            try:
+                run = self._start(member, slot)
+            except (DataError, AdapterError) as error:
+                self.slots.clear(slot)
+                self._refuse(member, error)
+                continue
+            self._active.append(run)
+            self._active.sort(key=lambda active: active.slot)
+            self._emit(run, "started", {})
 
     def next_batch(self) -> GroupBatch:
         """Take the next batch of every active adapter."""
@@ -174,34 +197,18 @@ class GroupTrainer:
         )
         return self._ranks.from_first(lambda: write_artifact(Path(run.member.adapter_dir), card, self.slots.export(run.slot)))
 
-    def _admit(self) -> bool:
-        """Give free slots to waiting members; False when nothing is left to train."""
-        while self._waiting and len(self._active) < self.num_slots:
-            member = self._waiting.pop(0)
-            if self._report_if_trained(member):
-                continue
-            slot = min(set(range(self.num_slots)) - {run.slot for run in self._active})
-            try:
-                run = self._start(member, slot)
-            except (DataError, AdapterError) as error:
-                self.slots.clear(slot)
-                self._refuse(member, error)
-                continue
-            self._active.append(run)
-            self._active.sort(key=lambda active: active.slot)
-            self._emit(run, "started", {})
-        return bool(self._active)
-
-    def _stop(self, run_keys: Collection[str]) -> bool:
-        """Leave these adapters as they are; says whether any was left."""
-        self._waiting = [member for member in self._waiting if member.run_key not in run_keys]
-        stopping = [run for run in self._active if run.member.run_key in run_keys]
-        if stopping:
+    def _leave(self, stopped: Collection[str], held: Collection[str]) -> None:
+        """Save these adapters and free their slots; those that are held wait for one again."""
+        self._waiting = [member for member in self._waiting if member.run_key not in stopped]
+        leaving = [run for run in self._active if run.member.run_key in {*stopped, *held}]
+        if leaving:
             self.save_states()
-        for run in stopping:
+        for run in leaving:
             self._release(run)
-            self._emit(run, "stopped", {})
-        return bool(stopping)
+            if run.member.run_key in stopped:
+                self._emit(run, "stopped", {})
+            else:
+                self._waiting.append(run.member)
 
     def _refuse(self, member: Member, error: Exception) -> None:
         self._on_event(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))
@@ -219,7 +226,9 @@ class GroupTrainer:
         labels = encode_labels(self.base, self.slots, formats[0])
         train_ids = [[self._ids_of(example, each) for each in formats] for example in member.train]
         select_ids = [self._ids_of(example, formats[0]) for example in member.select]
-        train_labels, select_labels = (self._label_sets(spec, labels, examples) for examples in (member.train, member.select))
+        train_labels, select_labels = (
+            label_sets_of(self.base, spec, labels, examples) for examples in (member.train, member.select)
+        )
         modules = self._modules_of[member.run_key]
         generator = torch.Generator().manual_seed(spec.train.seed)
         self.slots.fresh(slot, modules, spec.lora.rank, spec.lora.scaling, generator)
@@ -247,12 +256,6 @@ class GroupTrainer:
 
     def _ids_of(self, example: Example, prompt_format: PromptFormat) -> tuple[int, ...]:
         return encode_prompt(prompt_format, example.columns, self.base.tokenizer).token_ids
-
-    def _label_sets(self, spec: TaskSpec, labels: LabelSet, examples: Sequence[Example]) -> list[LabelSet]:
-        """The labels that each example's loss is computed over; of a free text only the gold one is known."""
-        if spec.max_new_tokens is None:
-            return [labels] * len(examples)
-        return [encode_answer(self.base, example.label, spec.max_new_tokens) for example in examples]
 
     def _canaries(self, run: AdapterRun) -> list[Canary]:
         chosen = range(0, len(run.select_ids), max(1, len(run.select_ids) // NUM_CANARIES))[:NUM_CANARIES]
@@ -284,8 +287,7 @@ class GroupTrainer:
             self._fail(run, str(error))
 
     def _judge_epoch(self, run: AdapterRun) -> None:
-        epoch = run.step // run.steps_per_epoch
-        scores = self._score(run, run.select_ids, run.select_labels)
+        epoch, scores = run.step // run.steps_per_epoch, self._score(run, run.select_ids, run.select_labels)
         select_loss, metrics = self._ranks.from_first(lambda: run.select_result(scores))
         if not math.isfinite(select_loss):
             self._fail(run, NOT_FINITE)
@@ -306,8 +308,7 @@ class GroupTrainer:
         artifact = self.export_adapter(run)
         self._release(run)
         best = -run.best_result[1] if run.is_free_text else run.best_result[0]
-        metrics = {"select/best": best, "train/best_epoch": float(run.best_epoch)}
-        self._emit(run, "finished", metrics, artifact.digest)
+        self._emit(run, "finished", {"select/best": best, "train/best_epoch": float(run.best_epoch)}, artifact.digest)
         Path(run.member.checkpoint_file).unlink(missing_ok=True)
 
     def _fail(self, run: AdapterRun, reason: str) -> None:

@@ -14,7 +14,7 @@ from orchestrator.cluster import RunningGroup
 from orchestrator.config import OrchestratorConfig
 from orchestrator.controller import Controller
 from orchestrator.curves import Curves
-from orchestrator.group_task import GroupTask, Member, TrainEvent
+from orchestrator.group_task import GroupTask, Member, SearchTask, TrainEvent
 from orchestrator.mailbox import Mailbox
 from orchestrator.pace import Pace
 from orchestrator.prepare import PreparedTask
@@ -39,6 +39,8 @@ class Training:
         self._pace = Pace(config.pace_file)
         self._begun, self._over = set[str](), set[str]()
         """Run keys of adapters that a worker began, and that ended one way or the other."""
+        self._newest: dict[str, dict[str, TrainEvent]] = {}
+        """Task that is searched -> run key -> newest event of a candidate."""
 
     def run(
         self,
@@ -53,7 +55,7 @@ class Training:
         Groups wait here and not in Ray, which gives up on a worker that finds no room in time. `wishes` names tasks that
         shall stop, with the reason; their workers save them first. `log_of`: group id -> the worker's log file.
         """
-        by_key = {work.prepared.run_key: work for work in works}
+        by_key = {key: work for work in works for key in (work.prepared.run_key, *work.prepared.trainings)}
         by_task = {work.task: work for work in works}
         # Beside the driver: on any other node it would be lost with it.
         beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -64,7 +66,7 @@ class Training:
             wished = [task for task in wishes() if task in by_task and task not in asked]
             if wished:
                 asked |= dict.fromkeys(wished, time.monotonic())
-                ray.get(mailbox.stop.remote([by_task[task].prepared.run_key for task in wished]))
+                ray.get(mailbox.stop.remote([key for task in wished for key in by_task[task].prepared.trainings]))
                 waiting = [group for group in waiting if not asked.keys() >= set(group.members)]
             busy = [started.group for started in running if started.is_running]
             # Workers that do not hear end with the driver.
@@ -92,7 +94,7 @@ class Training:
                 self._begin(work)
                 self._controller.fail(work, f"worker ended: {errors.get(work.task) or 'no result'}")
         self._curves.flush()
-        self._pace.learn(groups, {work.task: work.prepared.need.num_flops for work in works})
+        self._pace.learn(groups, {key: flops for work in works for key, flops in work.prepared.num_flops.items()})
 
     def handle(self, events: Iterable[TrainEvent], by_key: Mapping[str, TaskWork]) -> None:
         """Act on what workers told. Of a task's steps only the newest is shown, all are kept."""
@@ -100,10 +102,14 @@ class Training:
         for event in events:
             self._pace.note(event)
             work = by_key[event.run_key]
-            if event.run_key in self._over:
+            if work.prepared.run_key in self._over:
                 continue  # a worker that died starts again with all members, and reports the finished ones once more
             self._begin(work)
             assert work.run is not None
+            if event.run_key != work.prepared.run_key:
+                self._curves.add(self._controller.candidate_run(work, event.run_key), event)
+                steps[work.task] = self._search_update(work, event)
+                continue
             self._curves.add(work.run.run_id, event)
             if event.kind in ("finished", "failed", "stopped") and work.task in steps:
                 self._on_update(steps.pop(work.task))
@@ -122,6 +128,19 @@ class Training:
             self._on_update(update)
         self._curves.try_flush()
 
+    def _search_update(self, work: TaskWork, event: TrainEvent) -> Update:
+        """How far a search is: its steps are those of all candidates, its metrics those of the newest epoch."""
+        newest = self._newest.setdefault(work.task, {})
+        newest[event.run_key] = event
+        step = sum(one.step for one in newest.values())
+        keys = list(work.prepared.trainings)
+        message = f"search: candidate {keys.index(event.run_key) + 1} of {len(keys)}"
+        if event.kind in ("finished", "failed", "dropped"):
+            message = f"{message} {event.kind} {event.message if event.kind == 'failed' else ''}".rstrip()
+        metrics = event.metrics if event.kind == "epoch" else {}
+        num_steps = max(step, work.prepared.need.num_steps)
+        return Update(work.task, str(work.status), step, num_steps, metrics, message, event.batch_size)
+
     def _begin(self, work: TaskWork) -> None:
         """An adapter's run begins when a worker begins it: until then it waits, whatever it is called elsewhere."""
         if work.prepared.run_key not in self._begun:
@@ -129,20 +148,33 @@ class Training:
             self._controller.start_run(work)
 
     def _start_group(self, group: TrainingGroup, by_task: Mapping[str, TaskWork], mailbox: Any, log_file: Path) -> RunningGroup:
-        members = tuple(member_of(by_task[name].prepared, self._config) for name in group.members)
+        prepared = [by_task[name].prepared for name in group.members]
+        members = tuple(member for task in prepared for member in members_of(task, self._config))
+        searches = tuple(search for task in prepared if (search := search_of(task, self._config)))
         num_threads, every_s = max(1, int(group.cpus)), self._config.checkpoint_every_s
-        task = GroupTask(group.base, members, group.num_slots, num_threads, every_s, mailbox, str(log_file))
+        task = GroupTask(group.base, members, group.num_slots, num_threads, every_s, mailbox, str(log_file), searches)
         return RunningGroup(self._config, group, task, f"{group.group_id}-{time.time_ns()}")
 
 
-def member_of(prepared: PreparedTask, config: OrchestratorConfig) -> Member:
-    """What a worker must know of a task."""
-    return Member(
-        spec=prepared.spec,
-        run_key=prepared.run_key,
-        train=prepared.dataset.train,
-        select=prepared.dataset.select,
-        data_fingerprint=prepared.dataset.fingerprint,
-        adapter_dir=str(config.adapter_dir(prepared.run_key)),
-        checkpoint_file=str(config.checkpoint_file(prepared.run_key)),
+def members_of(prepared: PreparedTask, config: OrchestratorConfig) -> tuple[Member, ...]:
+    """What a worker must know of a task's adapters: of one, or of all candidates of its search. No gate example is among it."""
+    return tuple(
+        Member(
+            spec=spec,
+            run_key=run_key,
+            train=prepared.dataset.train,
+            select=prepared.dataset.select,
+            data_fingerprint=prepared.dataset.fingerprint,
+            adapter_dir=str(config.adapter_dir(run_key)),
+            checkpoint_file=str(config.checkpoint_file(run_key)),
+        )
+        for run_key, spec in prepared.trainings.items()
     )
+
+
+def search_of(prepared: PreparedTask, config: OrchestratorConfig) -> SearchTask | None:
+    """What a worker must know of a task's search; None where it has none."""
+    if prepared.spec.search is None:
+        return None
+    run_key, files = prepared.run_key, (config.adapter_dir(prepared.run_key), config.trails_file(prepared.run_key))
+    return SearchTask(prepared.spec.name, run_key, tuple(prepared.trainings), prepared.spec.search.eta, *map(str, files))

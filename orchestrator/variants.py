@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from multilora.base_files import Family
 from multilora.base_model import FrozenBase
 from multilora.prompt import PromptFormat, label_wordings
-from multilora.spec import TaskSpec, alpha_divisor, spec_hash, template_fields
+from multilora.spec import TaskSpec, alpha_divisor, template_fields
+from multilora.spec_hash import spec_hash
 from orchestrator.methods import Bench, MethodRow
 from orchestrator.train_together import Entry, OnEvent, ignore, train_together
 

@@ -8,6 +8,7 @@ from multilora.registry import AdapterVersion, RunRecord
 from orchestrator.eval_report import EvalReport
 from orchestrator.judge import Verdict
 from orchestrator.prepare import PreparedTask
+from orchestrator.search import Found
 from orchestrator.state import Action, Status
 
 
@@ -26,6 +27,10 @@ class TaskWork:
     verdict: Verdict | None = None
     reference: EvalReport | None = None
     error: str = ""
+    found: Found | None = None
+    """What its search found."""
+    candidate_runs: dict[str, str] = field(default_factory=dict)
+    """Run key -> MLflow run of the candidates that were begun."""
 
     @property
     def task(self) -> str:

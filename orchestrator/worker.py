@@ -16,6 +16,7 @@ from multilora.log import setup_logging
 from orchestrator.adapter_run import now_ms
 from orchestrator.group_task import GroupTask, TrainEvent
 from orchestrator.ranks import Ranks
+from orchestrator.search_run import SearchRun
 from orchestrator.trainer import GroupTrainer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def train_group(config: dict[str, Any]) -> None:
     setup_logging(log_file=task.log_file)
     torch.set_num_threads(task.num_threads)
     line = _Line(task.mailbox)
+    searches = SearchRun(task.searches, task.members, line.add)
     try:
         try:
             base = load_base(task.base)
@@ -57,10 +59,13 @@ def train_group(config: dict[str, Any]) -> None:
             if dist.get_world_size() > 1:
                 raise  # the other ranks may wait for this one
             for member in task.members:  # a second attempt would fail alike
-                line.add(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))
+                searches.hear(TrainEvent("failed", member.spec.name, member.run_key, 0, 0, now_ms(), message=str(error)))
             return
-        trainer = GroupTrainer(base, task.members, task.num_slots, line.add, Ranks.of_process_group(base.device))
-        trainer.train(line.stopped, task.checkpoint_every_s)
+        ranks = Ranks.of_process_group(base.device)
+        if ranks.rank == 0:
+            searches.begin()
+        trainer = GroupTrainer(base, task.members, task.num_slots, searches.hear, ranks)
+        trainer.train(lambda: line.stopped() | searches.stopped(), task.checkpoint_every_s, searches.held)
     except Exception:
         logger.exception("worker ends")
         raise

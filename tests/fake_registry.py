@@ -12,6 +12,7 @@ class FakeRegistry:
 
     def __init__(self):
         self.runs, self.versions, self.aliases, self.metrics, self.reports = {}, {}, {}, {}, {}
+        self.params, self.points, self.ended = {}, {}, {}
         self.num_writes, self.kill_at = 0, None
 
     def _written(self):
@@ -20,11 +21,11 @@ class FakeRegistry:
             raise Killed
 
     def find_run(self, task, run_key):
-        tags = self.runs.get(f"{task}/{run_key}")
-        return None if tags is None else RunRecord(f"{task}/{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
+        tags = self.runs.get(f"{task}-{run_key}")
+        return None if tags is None else RunRecord(f"{task}-{run_key}", task, run_key, tags.get("status", ""), dict(tags), {})
 
     def start_run(self, task, run_key, params, tags):
-        self.runs[f"{task}/{run_key}"] = dict(tags)
+        self.runs[f"{task}-{run_key}"], self.params[f"{task}-{run_key}"] = dict(tags), dict(params)
         self._written()
         return self.find_run(task, run_key)
 
@@ -32,11 +33,19 @@ class FakeRegistry:
         self.runs[run_id].update(tags)
         self._written()
 
+    def log_params(self, run_id, params):
+        known = self.params[run_id]
+        assert all(known.get(name, value) == value for name, value in params.items()), "MLflow refuses another value"
+        known.update(params)
+        self._written()
+
     def end_run(self, run_id, is_ok):
+        self.ended[run_id] = is_ok
         self._written()
 
     def log_metrics(self, run_id, points):
         self.metrics |= {name: value for name, value, _, _ in points}
+        self.points.setdefault(run_id, []).extend(points)
 
     def log_texts(self, run_id, texts):
         pass

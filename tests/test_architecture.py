@@ -9,23 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
-    "multilora": "errors log segments yaml_loader spec spec_files prompt base_files base_layers base_model target_modules "
-    "routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
+    "multilora": "errors log segments yaml_loader spec spec_hash spec_files prompt base_files base_layers base_model "
+    "target_modules routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
     "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries answer "
     "forward_threads engine pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger "
     "replica models_api openai_schema openai_ask openai_api web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset plain_baselines demonstrations gates "
-    "cluster_size room plan prepare state paired methods learning_curve eval_report comparison judge history "
-    "group_task pace adapter_run ranks group_batch gradient_checkpointing frozen_prefix micro_batches "
-    "base_alone baselines prototypes prompting trainer worker train_together variants curve_rows cross rungs "
-    "contamination choose_columns inspect_data token_lengths first_spec evaluate cross_evaluate plain_scoring "
-    "plain_heads plain_training plain_methods own_adapters alone merged_or_not ladder report_words live "
-    "report_text report_page report_sentence report_parts report_history report submissions turns session "
-    "entry cluster background launch jobs ingress services status deploy work mailbox controller curves "
-    "training evaluation release export_readme export aliases router_fit task_routing driver evidence doctor "
-    "api progress tables compare_result compare_store compare_advice compare_plots compare_table compare_page "
-    "compare_worker compare batch_files batch cli_options cli_submit cli_batch cli_endpoint cli_aliases "
-    "cli_evidence cli_compare cli_init cli_export cli_keys cli_router cli __main__",
+    "cluster_size room plan search prepare state paired methods learning_curve eval_report comparison judge "
+    "history group_task pace adapter_run search_run ranks group_batch gradient_checkpointing frozen_prefix "
+    "micro_batches base_alone baselines prototypes prompting trainer worker train_together variants curve_rows "
+    "cross rungs contamination choose_columns inspect_data token_lengths first_spec evaluate cross_evaluate "
+    "plain_scoring plain_heads plain_training plain_methods own_adapters alone merged_or_not ladder "
+    "report_words live report_text report_page report_sentence report_parts report_history report submissions "
+    "turns session entry cluster background launch jobs ingress services status deploy work search_record "
+    "mailbox controller curves training evaluation release export_readme export aliases router_fit "
+    "task_routing driver evidence doctor api progress tables compare_result compare_store compare_advice "
+    "compare_plots compare_table compare_page compare_worker compare batch_files batch cli_options cli_submit "
+    "cli_batch cli_endpoint cli_aliases cli_evidence cli_compare cli_init cli_export cli_keys cli_router cli "
+    "__main__",
 }
 MODULES = {f"{package}.{name}": ROOT / package / f"{name}.py" for package, names in FLOORS.items() for name in names.split()}
 FROM_SERVE = {
@@ -56,7 +57,7 @@ LIGHT = """serve.auth serve.guard orchestrator.gates orchestrator.cross orchestr
     orchestrator.batching orchestrator.schedule orchestrator.launch orchestrator.turns orchestrator.progress
     orchestrator.compare_result orchestrator.compare_store orchestrator.compare_advice orchestrator.compare_plots
     orchestrator.compare_table orchestrator.compare_page
-    orchestrator.batch_files orchestrator.tables orchestrator.cli"""
+    orchestrator.batch_files orchestrator.search orchestrator.tables orchestrator.cli"""
 
 
 def imports_of(node, is_nested=False):

@@ -26,7 +26,7 @@ from orchestrator.prepare import prepare
 from orchestrator.release import judge_release
 from orchestrator.state import Action, Event, Status
 from orchestrator.trainer import GroupTrainer
-from orchestrator.training import Training, member_of
+from orchestrator.training import Training, members_of
 
 OTHER = AdapterVersion("mood", 1, "digest", "other-run", {"run_key": "other-key"})
 
@@ -51,7 +51,7 @@ def task(base_folder, tmp_path):
 @pytest.fixture
 def adapter_dir(task, fresh_base, tmp_path):
     """The adapter folder that training this task gives."""
-    member = member_of(task, OrchestratorConfig(workspace=tmp_path / "elsewhere"))
+    (member,) = members_of(task, OrchestratorConfig(workspace=tmp_path / "elsewhere"))
     GroupTrainer(fresh_base("encoder"), [member], 1, lambda event: None).train(lambda: (), 1e9)
     return Path(member.adapter_dir)
 

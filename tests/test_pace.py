@@ -12,7 +12,7 @@ from orchestrator.pace import Pace
 from orchestrator.plan import START_UP_S, plan_groups, rate_key
 
 TASKS = [need("a"), need("b")]
-NUM_FLOPS = {task.task: task.num_flops for task in TASKS}
+NUM_FLOPS = {f"key-{task.task}": task.num_flops for task in TASKS}
 
 
 def groups_of(tasks):

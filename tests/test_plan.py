@@ -77,6 +77,19 @@ def test_each_task_is_in_one_group_within_budget_or_refused(seed):
     assert sorted(refused_alone) == list(plan.refused)
 
 
+def test_a_search_fills_slots_with_its_candidates_and_counts_their_memory_and_time():
+    alone, searched = need("a"), need("a", num_candidates=12, epochs=10 * 12)
+    (group,), (one,) = (plan_groups([task], TWO_CPUS, 16).groups for task in (searched, alone))
+    assert (group.members, group.num_slots, group.num_steps) == (("a",), 12, 12 * one.num_steps)
+    assert group.seconds - START_UP_S == pytest.approx(12 * (one.seconds - START_UP_S))
+    together = plan_groups(needs(12), TWO_CPUS, 16).groups[0]
+    assert group.memory_bytes == together.memory_bytes
+    # Four slots at most, and where memory is short fewer.
+    assert plan_groups([searched, need("b")], TWO_CPUS, 4).groups[0].num_slots == 4
+    (tight,) = plan_groups([searched], replace(TWO_CPUS, memory_bytes_per_node=one.memory_bytes), 16).groups
+    assert (tight.num_slots, tight.members) == (1, ("a",))
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_same_input_in_any_order_gives_the_same_plan(seed):
     tasks, cluster, max_slots = random_case(seed)

@@ -195,6 +195,26 @@ def test_wordings_are_part_of_the_run_key_and_of_the_tokens(raw, base_folder):
     assert prepared_of(raw, base=base, instructions=None).run_key == one.run_key
 
 
+def test_a_search_is_planned_with_all_its_candidates(raw):
+    train, lora = {"epochs": 4, "batch_size": 8}, {"rank": 4}
+    plain, searched = (prepared_of(raw, train=train, lora=lora, **more) for more in ({}, {"search": {"rank": [2, 16], "eta": 1}}))
+    assert plain.trainings == {plain.run_key: plain.spec}
+    assert plain.num_flops == {plain.run_key: plain.need.num_flops}
+    assert [spec.lora.rank for spec in searched.trainings.values()] == [4, 2, 16]
+    # A changed search is another training, and its adapters are not those of a task that is not searched.
+    other = prepared_of(raw, train=train, lora=lora, search={"rank": [2, 16]})
+    assert len({plain.run_key, searched.run_key, *searched.trainings, other.run_key, *other.trainings}) == 9
+    need = searched.need
+    assert (need.num_candidates, need.epochs, need.num_steps) == (3, 12, 3 * plain.need.num_steps)
+    assert need.num_adapter_parameters == 4 * plain.need.num_adapter_parameters
+    assert list(searched.num_flops.values()) == pytest.approx([plain.need.num_flops] * 3)
+    # Halving: two go on after half of the epochs, and the spec's own; of four, two after a quarter and one after half.
+    assert other.need.epochs == 12
+    assert prepared_of(raw, train=train, search={"rank": [2, 4, 16]}).need.epochs == 4 + 4 + 2 + 1
+    assert searched.params["search.rank"] == [2, 16]
+    assert not any(name.startswith("search") for name in plain.params)
+
+
 def test_a_free_text_task_is_prepared_for_a_base_that_writes(raw, base_folder):
     changes = {"base": {"model": str(base_folder("causal"))}, "labels": None, "instruction": "Rewrite {text}"}
     task = prepared_of(raw, **changes)

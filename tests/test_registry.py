@@ -19,7 +19,7 @@ import multilora.registry as registry_module
 import serve.pyfunc_model as pyfunc_model
 from multilora.artifact import read_artifact
 from multilora.errors import RegistryAwayError, RegistryError
-from multilora.registry import CHALLENGER, CHAMPION, Registry
+from multilora.registry import CHALLENGER, CHAMPION, TAG_PARENT, Registry
 from serve.engine import Engine, Work
 
 CODE = Path(pyfunc_model.__file__)
@@ -47,6 +47,18 @@ def other_registry(tmp_path_factory):
 
 
 # Runs
+
+
+def test_a_candidates_run_is_found_by_its_key_and_is_none_of_the_tasks_runs(registry):
+    parent = registry.start_run("searched", "k", {"train.epochs": 3}, {})
+    child = registry.start_run("searched", "k-1", {}, {TAG_PARENT: parent.run_id})
+    assert registry.find_run("searched", "k-1").run_id == child.run_id
+    assert [run.run_id for run in registry.runs("searched")] == [parent.run_id]
+    for _ in range(2):
+        registry.log_params(parent.run_id, {"chosen.rank": 8})
+    assert registry._client.get_run(parent.run_id).data.params == {"train.epochs": "3", "chosen.rank": "8"}
+    with pytest.raises(RegistryError, match=r"chosen\.rank"):
+        registry.log_params(parent.run_id, {"chosen.rank": 4})
 
 
 def test_registering_leaves_no_store_in_the_environment(register):

@@ -68,7 +68,7 @@ class Workspace:
     def __init__(self, tasks, folder):
         self.tasks, self.config, self.registry = tasks, OrchestratorConfig(workspace=folder), FakeRegistry()
         for number, task in enumerate(tasks, start=1):
-            name, run_id = task.spec.name, f"{task.spec.name}/{task.run_key}"
+            name, run_id = task.spec.name, f"{task.spec.name}-{task.run_key}"
             self.registry.runs[run_id] = {"status": "EVALUATED"}
             old = AdapterVersion(name, number, "old", "old-run", {"run_key": f"old-{name}"})
             new = AdapterVersion(name, number + 10, "new", run_id, {"run_key": task.run_key})
@@ -210,7 +210,7 @@ def test_a_consulted_gate_split_is_counted(tasks, tmp_path):
     workspace = Workspace(tasks[:1], tmp_path)
     counts = []
     for _ in range(3):
-        workspace.registry.runs[f"mood/{tasks[0].run_key}"]["status"] = "EVALUATED"
+        workspace.registry.runs[f"mood-{tasks[0].run_key}"]["status"] = "EVALUATED"
         result = record(workspace, *workspace.submit())
         counts.append(result.report["tasks"][0]["num_consults"])
     assert counts == [1, 2, 3]

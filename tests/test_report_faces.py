@@ -21,9 +21,10 @@ from orchestrator.judge import Outcome, Release, judge
 from orchestrator.live import live_rows
 from orchestrator.paired import mcnemar_midp
 from orchestrator.report import TaskOutcome, build_report
-from orchestrator.report_page import write_report
+from orchestrator.report_page import summary_rows, write_report
 from orchestrator.report_text import markdown
 from orchestrator.report_text import plain as escaped
+from orchestrator.search import Found
 from serve.live_counts import LiveCounts, Pair, table_key
 
 
@@ -56,6 +57,9 @@ def spread_drop(num_tasks: int, policy: Any = "balanced") -> tuple[list[TaskOutc
     return outcomes, release
 
 
+FOUND = Found(9, 5, 1, {"learning_rate": 2e-3, "rank": 16, "epochs": 12}, False, "accuracy", 0.84, 0.81, 38)
+
+
 def cases(report: dict[str, Any], folder: Path) -> dict[str, str]:
     """What CI sees: kind of every test case by class name."""
     write_report(report, folder)
@@ -65,6 +69,22 @@ def cases(report: dict[str, Any], folder: Path) -> dict[str, str]:
     for count, kind in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         assert int(root.attrib[count]) == list(found.values()).count(kind)
     return found
+
+
+@pytest.mark.parametrize("outcome", [same(), worse()], ids=["promoted", "refused"])
+def test_every_face_says_what_a_search_chose_and_that_its_number_is_optimistic(outcome: TaskOutcome, tmp_path: Path) -> None:
+    report = build_report([replace(outcome, search=FOUND)], CREATED, FACTS)
+    (task,) = report["tasks"]
+    assert task["search"]["chosen"] == {"learning_rate": 2e-3, "rank": 16, "epochs": 12}
+    assert (task["search"]["select"], task["search"]["own_select"]) == (0.84, 0.81)
+    assert task["search"]["sentence"] == (
+        "search: 9 candidates (5 ended early, 1 failed), chosen learning_rate 0.002, rank 16, epochs 12 on select accuracy "
+        "0.840; spec's own 0.810. The best of several on 38 select examples is an optimistic number; the gate judges."
+    )
+    assert render(report, tmp_path).text.count("spec's own 0.810") >= 1
+    assert markdown(report).count(escaped("spec's own 0.810")) == 1
+    assert task["search"]["sentence"] in summary_rows(report)[0].note
+    assert build_report([outcome], CREATED, FACTS)["tasks"][0]["search"] is None
 
 
 def test_a_drop_everywhere_blocks_and_is_said() -> None:

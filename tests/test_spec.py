@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from multilora.errors import SpecError
-from multilora.spec import spec_hash, task_json_schema
+from multilora.spec import task_json_schema
 from multilora.spec_files import load_task_specs, try_load_task_specs
+from multilora.spec_hash import spec_hash
 
 ROOT = Path(__file__).parents[1]
 SPEC = """\
@@ -195,6 +196,14 @@ PROBLEMS = {
     "unknown rule": ('resources: {node_labels: {zone: "not(a)"}}', "resources", r"node_labels zone: not\(a\)", "write .zone"),
     "number as label": ("resources: {node_labels: {zone: 1}}", "resources.node_labels.zone", "valid string", "quotes"),
     "kind of gpu without one": ("resources: {gpus: 0, accelerator: L4}", "resources", "accelerator names a kind", "omit one"),
+    "rate to try": ("search: {learning_rate: [0.001, 2]}", "search.learning_rate.1", "less than or equal to 1", "change"),
+    "rank to try": ("search: {rank: [0]}", "search.rank.0", "greater than or equal to 1", "change the value"),
+    "rank that is no list": ("search: {rank: 4}", "search.rank", "valid list", "change the value"),
+    "epochs to try": ("search: {epochs: [4, 1001]}", "search.epochs.1", "less than or equal to 1000", "change the value"),
+    "search of one": ("search: {num_candidates: 1}", "search.num_candidates", "greater than or equal to 2", "change the value"),
+    "unknown halving": ("search: {eta: 4}", "search.eta", "1, 2 or 3", "change the value"),
+    "search of nothing else": ("search: {rank: [8], epochs: [12, 12]}", "file", "nothing but the spec's own", "add others"),
+    "unknown setting to try": ("search: {alpha: [8]}", "search.alpha", "not permitted", "correct the spelling"),
     "margin of zero": ("gate: {margin: 0}", "gate.margin", "greater than 0", "change the value"),
 }  # fmt: skip
 
@@ -273,6 +282,7 @@ def test_all_problems_of_all_files_are_found_at_once(write):
      ("spam.jsonl", "spam.jsonl, label: answer"), ("org/model", "org/model, dtype: bfloat16"),
      ("labels:", "lora: {rank: 4}\nlabels:"), ("labels:", "train: {seed: 1}\nlabels:"),
      ("labels:", "instructions: ['{text}']\nlabels:"),
+     ("labels:", "search: {}\nlabels:"), ("labels:", "search: {rank: [4]}\nlabels:"),
      *(("labels:", f"lora: {{{change}}}\nlabels:") for change in ("rslora: true", "plus_ratio: 4", "layers: [0]")),
      *(("labels:", f"train: {{{change}}}\nlabels:") for change in (
          "schedule: cosine", "warmup_ratio: 0.1", "weight_decay: 0.1", "max_grad_norm: 2"))],

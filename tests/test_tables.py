@@ -45,6 +45,12 @@ def test_device_of_a_group(resources, size, expected):
     assert device_of(group) == expected
 
 
+def test_status_says_what_a_search_found(capsys):
+    rows = [TaskStatus("mood", 1, 1, "PROMOTED", "", "search: 9 candidates"), TaskStatus("plain", 1, 1, "PROMOTED", "")]
+    print_status(rows, [], None)
+    assert "\nmood: search: 9 candidates\nendpoint: not running" in capsys.readouterr().out
+
+
 class Shown:
     """A progress that keeps what it is told."""
 

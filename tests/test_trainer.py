@@ -22,7 +22,8 @@ from multilora.artifact import read_artifact, read_tensors
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import ScoringRow, answer_losses, encode_labels
-from multilora.spec import ResourceSpec, TaskSpec, spec_hash
+from multilora.spec import ResourceSpec, TaskSpec
+from multilora.spec_hash import spec_hash
 from orchestrator.batching import batch_indices, drawn_wording
 from orchestrator.calibration import fit_temperature
 from orchestrator.dataset import Example

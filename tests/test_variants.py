@@ -8,7 +8,8 @@ from test_base_kinds import KINDS
 from test_train_together import assert_same_rows, bench_of
 
 from multilora.errors import AdapterError
-from multilora.spec import TaskSpec, spec_hash
+from multilora.spec import TaskSpec
+from multilora.spec_hash import spec_hash
 from multilora.target_modules import match_modules
 from orchestrator.methods import MethodRow
 from orchestrator.train_together import Entry, train_together
