@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from multilora.spec import BaseSpec, TaskSpec
 from orchestrator.dataset import Example
+
+RunKeys = Callable[[], Collection[str]]
+"""Whom something concerns now, by run key."""
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,10 @@ from orchestrator.dataset import Example
 from orchestrator.frozen_prefix import FrozenPrefix
 from orchestrator.gradient_checkpointing import checkpoint_layers
 from orchestrator.group_batch import GroupBatch
-from orchestrator.group_task import Member, TrainEvent
+from orchestrator.group_task import Member, RunKeys, TrainEvent
 from orchestrator.micro_batches import MicroBatches
 from orchestrator.ranks import ALONE, RankError, Ranks, balanced_shares
 
-RunKeys = Callable[[], Collection[str]]
 NUM_CANARIES = 4
 NOT_FINITE = "loss is not finite; lower train.learning_rate, or use base.dtype float32"
 
@@ -76,7 +75,7 @@ class GroupTrainer:
             self._wrapped.callback(checkpoint_layers(base.model, self.slots))
         self._prefix = FrozenPrefix(base.model, ordered, num_workers=ranks.size)
         self._wrapped.callback(self._prefix.detach)
-        self._active: list[AdapterRun] = []
+        self._active = list[AdapterRun]()
         self._micro_batches = MicroBatches(base.device, self._report_halved)
 
     def train(self, stopped: RunKeys, checkpoint_every_s: float, held: RunKeys = frozenset) -> None:

@@ -21,7 +21,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "cross rungs contamination choose_columns inspect_data token_lengths first_spec evaluate cross_evaluate "
     "plain_scoring plain_heads plain_training plain_methods own_adapters alone merged_or_not ladder "
     "report_words live report_text report_page report_sentence report_parts report_history report submissions "
-    "turns session entry cluster background launch jobs ingress services status deploy work search_record "
+    "turns session entry cluster background launch jobs ingress services work search_record status deploy "
     "mailbox controller curves training evaluation release export_readme export aliases router_fit "
     "task_routing driver evidence doctor api progress tables compare_result compare_store compare_advice "
     "compare_plots compare_table compare_page compare_worker compare batch_files batch cli_options cli_submit "
