@@ -13,7 +13,7 @@ from e2e.conftest import CommandLine, wait_for, write_spec
 from multilora.registry import Registry
 from orchestrator.config import OrchestratorConfig
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 OWN = """
 import os, sys, time
 from pathlib import Path

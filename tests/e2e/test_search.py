@@ -11,7 +11,7 @@ from tiny_bases import build_t5
 from e2e.conftest import CommandLine, wait_for, write_spec
 from e2e.test_survival import animal_rows
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def test_a_search_is_killed_goes_on_and_is_logged_as_child_runs(cli: CommandLine, tmp_path: Path) -> None:
