@@ -97,3 +97,28 @@ def test_killed_in_the_middle_nothing_is_lost_and_one_part_fails_alone(cli: Comm
     again_found = cli.json("compare", spec, "--parts", "curve,baselines", "--seeds", 1, "--sizes", 5)
     assert again_found["methods"] == found["methods"]
     assert len(registry.runs("compared")) == 1
+
+
+def test_the_command_runs_real_parts_and_goes_on_after_a_kill(cli: CommandLine, base_folder, tmp_path) -> None:
+    rows = [{"text": f"a text of number {number}", "label": "good" if number % 2 else "bad"} for number in range(40)]
+    spec = write_spec(tmp_path, "real", rows, str(base_folder("encoder")), {"good": "odd", "bad": None})
+    words = ("compare", spec, "--parts", "baselines,prompting", "--quick")
+
+    def stored(part: str) -> bytes:
+        return b"".join(file.read_bytes() for file in (cli.workspace / "compare" / "real").glob(f"*/rows/{part}.json"))
+
+    killed = cli.start(*words)
+    wait_for(lambda: b'"is_finished":true' in stored("baselines") or killed.poll() is not None, 300)
+    assert killed.poll() is None, killed.communicate()
+    cli.kill(killed)
+    kept = stored("baselines")
+
+    found = cli.json(*words)
+    assert stored("baselines") == kept
+    assert found["finished"] == ["baselines", "prompting"]
+    by_method = {method["method"]: method for method in found["methods"]}
+    assert by_method["majority class"]["accuracy"] == 0.5
+    assert by_method["chain of thought"]["skipped"]
+    assert by_method["zero-shot, label name"]["ms_per_text"] > 0
+    assert found["advice"]["headline"].startswith("The adapter was not tried: the best ")
+    assert (Path(found["folder"]) / "compare.html").is_file()
