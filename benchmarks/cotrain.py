@@ -46,8 +46,12 @@ COUNTS = {"cpu": [1, 2, 4, 8, 16], "cuda": [1, 2, 4, 8, 16, 32]}
 QUICK = [(size, count, dtype) for size, count in (("short", 8), ("short", 1), ("long", 8)) for dtype in ("bf16", "fp32")]
 LOSS_TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 """Share of the loss by which training may differ from the oracle's; bfloat16 has 8 bits of mantissa."""
-WEIGHT_TOLERANCE = 1e-4
-"""Between group and solo training in float32 (as in tests/test_trainer.py)."""
+WEIGHT_TOLERANCE = 1e-3
+"""Between group and solo training in float32: length of an adapter's difference as a share of how far training moved it.
+
+Adam's first steps are as long for a gradient that is all rounding as for any other, so single weights differ by up to a step:
+on some CPUs, whose products of one and of eight matrices round differently.
+"""
 NUM_SOLO_STEPS = 3
 NUM_PROCESS_STEPS = 20
 build_once = cache(build_model)
@@ -183,7 +187,8 @@ def compare_with_solo(model: PreTrainedModel, report: Report) -> None:
     before_SP = group.trainer.slots.flat_SP.clone()
     for _ in range(NUM_SOLO_STEPS):
         group.step()
-    assert (group.trainer.slots.flat_SP - before_SP).abs().amax(1).min() > 10 * WEIGHT_TOLERANCE, "training must move weights"
+    moved_S = (group.trainer.slots.flat_SP - before_SP).norm(dim=1)
+    assert moved_S.min() > 0, "training must move weights"
     losses, weights = 0.0, 0.0
     for slot in (0, 7):
         alone = group_like(model, [tasks[slot]], [loops[slot]])
@@ -192,7 +197,7 @@ def compare_with_solo(model: PreTrainedModel, report: Report) -> None:
         pairs = zip(group.losses, alone.losses, strict=True)
         losses = max(losses, *(abs(together[slot] - solo[0]) for together, solo in pairs))
         difference_P: Tensor = group.trainer.slots.flat_SP[slot] - alone.trainer.slots.flat_SP[0]
-        weights = max(weights, difference_P.abs().max().item())
+        weights = max(weights, (difference_P.norm() / moved_S[slot]).item())
     tolerance = LOSS_TOLERANCES["fp32"] * max(group.losses[0].values())
     report.add(Row("short_8_fp32", "group against solo: losses", difference=losses, tolerance=tolerance))
     report.add(Row("short_8_fp32", "group against solo: weights", difference=weights, tolerance=WEIGHT_TOLERANCE))

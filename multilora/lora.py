@@ -225,7 +225,9 @@ class MultiLoraLinear(nn.Module):
         """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
         y_BTO: Tensor = self.base(x_BTI)
         slots, routing = self._slots, self._slots.routing
-        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device, x_BTI[0, ..., 0].numel())
+        # Gradients row by row would have to be added up again.
+        num_positions = 0 if torch.is_grad_enabled() else x_BTI[0, ..., 0].numel()
+        runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device, num_positions)
         assert routing.num_rows in (0, x_BTI.shape[0]), f"segments cover {routing.num_rows} rows, the batch has {x_BTI.shape[0]}"
         if not runs:
             return y_BTO
