@@ -36,6 +36,24 @@ def test_results_are_in_order_and_threads_are_given_back(two_threads):
     assert torch.get_num_threads() == 2
 
 
+def test_engines_of_one_process_leave_its_number_of_threads_as_it_was(two_threads):
+    first, second = (ForwardThreads(torch.device("cpu")) for _ in range(2))
+    inside, waited = threading.Event(), threading.Event()
+
+    def hold(number):
+        inside.set()
+        waited.wait(timeout=30)
+        return number
+
+    with ThreadPoolExecutor(2) as pool:
+        holding = pool.submit(first.map, hold, [0, 1])
+        inside.wait(timeout=30)
+        other = pool.submit(second.map, lambda number: torch.get_num_threads(), [0, 1])
+        waited.set()
+        assert (holding.result(), other.result()) == ([0, 1], [1, 1])
+    assert torch.get_num_threads() == 2
+
+
 def test_a_failure_comes_to_the_caller_and_the_next_call_works(two_threads):
     threads = ForwardThreads(torch.device("cpu"))
     with pytest.raises(ZeroDivisionError):
