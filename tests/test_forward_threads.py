@@ -1,6 +1,7 @@
 """Passes side by side: in order, without gradients, each on its share of the threads, and nothing left changed."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,19 +39,23 @@ def test_results_are_in_order_and_threads_are_given_back(two_threads):
 
 def test_engines_of_one_process_leave_its_number_of_threads_as_it_was(two_threads):
     first, second = (ForwardThreads(torch.device("cpu")) for _ in range(2))
-    inside, waited = threading.Event(), threading.Event()
+    first_is_in, second_is_in, first_may_end = (threading.Event() for _ in range(3))
 
-    def hold(number):
-        inside.set()
-        waited.wait(timeout=30)
-        return number
+    def hold(_):
+        first_is_in.set()
+        first_may_end.wait(timeout=30)
+
+    def outlast(_):
+        second_is_in.set()
+        holding.result(timeout=30)
 
     with ThreadPoolExecutor(2) as pool:
         holding = pool.submit(first.map, hold, [0, 1])
-        inside.wait(timeout=30)
-        other = pool.submit(second.map, lambda number: torch.get_num_threads(), [0, 1])
-        waited.set()
-        assert (holding.result(), other.result()) == ([0, 1], [1, 1])
+        first_is_in.wait(timeout=30)
+        outlasting = pool.submit(second.map, outlast, [0, 1])
+        second_is_in.wait(timeout=0.5)  # it does not come in
+        first_may_end.set()
+        outlasting.result(timeout=30)
     assert torch.get_num_threads() == 2
 
 
