@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from orchestrator.compare_result import LEVEL, WITH_ADAPTERS, Difference, MethodComparison
+from orchestrator.learning_curve import fit_learning_curve
 from orchestrator.methods import Part, Summary
 from orchestrator.power import examples_needed
 from orchestrator.report_words import duration, listed, share, signed_share, size
@@ -70,6 +69,8 @@ def _verdict(found: MethodComparison, own: Summary, rivals: Sequence[Summary], d
     measured = f"{share(own.accuracy)} with {own.num_train} examples against {share(rival.accuracy)} for {name_of(rival)}."
     more = "".join(f"; against {share(other.accuracy)} for {name_of(other)} {_interval(its_gap)}" for other, its_gap in others)
     evidence = f"The difference is {_interval(gap)} {same}{more}."
+    if len(found.ran(*(rival.part for rival in rivals))) > len(rivals):
+        evidence += " What it is held against is the best of several on these very examples, which favours that."
     if gap.low > 0 and all(its_gap.low > 0 for _, its_gap in others):
         return Advice("good", f"Train an adapter: {measured}", (evidence, *details))
     if gap.high < 0:
@@ -91,7 +92,7 @@ def _costs(summaries: Sequence[Summary]) -> str:
 
 
 def _outlook(found: MethodComparison) -> tuple[str, ...]:
-    """What the last doubling of the examples bought, where the curve flattens, and what the next doubling would buy."""
+    """What the last doubling of the examples bought, and where the fitted curve goes."""
     own = found.own
     curve = sorted((one for one in found.ran("curve") if own and one.method == own.method), key=lambda one: one.num_train)
     if len(curve) < 2:
@@ -101,29 +102,18 @@ def _outlook(found: MethodComparison) -> tuple[str, ...]:
         (one for one in curve[:-1] if one.num_train <= last.num_train / 2), key=lambda one: one.num_train, default=curve[-2]
     )
     gain = found.difference(last, before)
-    buys = next_doubling(curve)
-    guess = f"; twice as many labels would buy about {signed_share(buys)} if it goes on so" if buys is not None else ""
+    rows = [row for one in curve for row in found.runs(one)]
+    fitted = fit_learning_curve((row.num_train, row.seed, row.accuracy(found.order.gold)) for row in rows)
+    outlook = (fitted.sentence,) if fitted.law else ()
     step = f"{before.num_train} to {last.num_train} examples changed {_interval(gain)}"
     if gain.low > 0:
-        return (f"More labels still pay: {step}{guess}.",)
+        return (f"More labels still pay: {step}.", *outlook)
     flat = last
     for one in reversed(curve[:-1]):
         if found.difference(last, one).is_shown:
             break
         flat = one
-    return (f"The curve shows no gain after {flat.num_train} examples: {step}{guess}.",)
-
-
-def next_doubling(curve: Sequence[Summary]) -> float | None:
-    """What twice the examples would add, by a power law error = a * n^b through the points; None with fewer than three.
-
-    Learning curves of fine-tuned models follow one over the sizes seen here: Hestness et al. 2017, arXiv:1712.00409.
-    """
-    if len(curve) < 3:
-        return None
-    errors = [max(1 - one.accuracy, 1e-3) for one in curve]  # no error at all has no logarithm
-    slope, _ = np.polyfit(np.log([one.num_train for one in curve]), np.log(errors), 1)
-    return float(errors[-1] * (1 - 2 ** min(slope, 0.0)))
+    return (f"The curve shows no gain after {flat.num_train} examples: {step}.", *outlook)
 
 
 def _others(found: MethodComparison) -> tuple[str, ...]:

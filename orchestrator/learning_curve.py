@@ -87,7 +87,7 @@ class LearningCurve:
             text += f"It has not flattened at {largest}"
         else:
             text += f"From {self.flat_from} on, twice as many buy less than {100 * WORTH:g} point"
-        if self.flat_by_seed:
+        if len(self.flat_by_seed) > 1:
             text += f" (by seed: {', '.join(_place(size, largest) for size in self.flat_by_seed)})"
         text += f". Twice {largest} would buy {100 * self.gain:+.1f} points"
         if self.gain_interval is None:

@@ -5,7 +5,7 @@ import random
 import pytest
 from made_up_methods import GOLD, comparison, curve, row
 
-from orchestrator.compare_advice import advise, next_doubling
+from orchestrator.compare_advice import advise
 from orchestrator.compare_result import difference
 from orchestrator.paired import tango_interval
 from orchestrator.report_words import MINUS, signed_share
@@ -123,31 +123,22 @@ def test_without_a_curve_the_first_variant_is_the_adapter():
 # More labels
 
 
-@pytest.mark.parametrize(
-    ("num_right", "expected"),
-    [
-        ((120, 160, 180), 0.05),  # errors .4, .2, .1: halved by every doubling
-        ((120, 120, 120), 0.0),
-        ((140, 130, 120), 0.0),  # more labels made it worse: none would be bought
-        ((200, 200, 200), 0.0),
-    ],
-)
-def test_the_next_doubling_goes_on_as_the_curve_did(num_right, expected):
-    assert next_doubling(comparison(*curve(*num_right)).summaries) == pytest.approx(expected, abs=1e-9)
-
-
-def test_two_points_are_no_curve():
-    assert next_doubling(comparison(*curve(120, 160, sizes=(100, 200))).summaries) is None
+def test_the_best_of_several_is_said_to_be_favoured():
+    several = advise(comparison(*curve(100, 130, 158), ZERO_SHOT, row("prompting", "calibrated", range(90), ms_per_text=12.0)))
+    assert several.details[0].endswith(
+        "What it is held against is the best of several on these very examples, which favours that."
+    )
 
 
 def test_a_rising_curve_says_what_labels_buy_and_a_flat_one_where_it_flattens():
     rising = advise(comparison(*curve(120, 160, 180), ZERO_SHOT)).details[2]
-    assert rising == (
-        f"More labels still pay: 200 to 400 examples changed +.100, 95 % interval {interval(0, 20)}; "
-        "twice as many labels would buy about +.050 if it goes on so."
-    )
+    assert rising == (f"More labels still pay: 200 to 400 examples changed +.100, 95 % interval {interval(0, 20)}.")
     flat = advise(comparison(*curve(100, 150, 151, 152, sizes=(50, 100, 200, 400)), ZERO_SHOT)).details[2]
     assert flat.startswith("The curve shows no gain after 100 examples: 200 to 400 examples changed +.005, 95 % interval ")
+    fitted = advise(comparison(*curve(100, 150, 151, 152, sizes=(50, 100, 200, 400)), ZERO_SHOT)).details[3]
+    assert fitted.startswith(
+        "From 50 to 400 examples the fitted accuracy goes from 0.502 to 0.766 (points lie 0.010 off). From 143 on"
+    )
     one_size = advise(comparison(*curve(150, sizes=(400,)), ZERO_SHOT))
     assert not any("labels" in detail or "curve" in detail for detail in one_size.details)
 
