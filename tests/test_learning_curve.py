@@ -78,7 +78,7 @@ def test_sentences_say_what_a_person_should_know():
     flat = fit_learning_curve([(size, 7, 0.75) for size in SIZES])
     assert flat.sentence == (
         "From 25 to 500 examples the fitted accuracy goes from 0.750 to 0.750 (points lie 0.000 off). From 25 on, twice as many "
-        "buy less than 1 point (by seed: 25). Twice 500 would buy +0.0 points; how sure that is, takes more seeds to say."
+        "buy less than 1 point. Twice 500 would buy +0.0 points; how sure that is, takes more seeds to say."
     )
 
 
