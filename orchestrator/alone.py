@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,39 +41,48 @@ class _Attempt:
 def alone_rows(bench: Bench) -> Iterator[MethodRow]:
     """Give a row of each method and seed as it is measured; what cannot run says why."""
     for method in METHODS:
-        for seed in bench.seeds:
-            yield method_row(bench, method, seed)
+        yield from method_rows(bench, method)
     yield from quantised_rows(bench)
 
 
-def method_row(bench: Bench, method: PlainMethod, seed: int) -> MethodRow:
-    """Train with every learning rate of a method, and keep the one that the select split likes best; the time is that of all."""
-    row = MethodRow("alone", method.name, num_train=len(bench.dataset.train), seed=seed)
-    if not bench.labels:
-        return replace(row, skipped=NEEDS_LABELS)
-    try:
-        attempts = []
-        for rate in method.learning_rates:
-            gc.collect()  # models refer to themselves, and the next base needs their memory
-            attempts.append(_attempt(bench, method, seed, rate))
-    except (MultiLoraError, torch.OutOfMemoryError) as error:
-        return replace(row, skipped=str(error))
-    best = max(attempts, key=lambda attempt: attempt.trained.result)
-    rates = ", ".join(f"{rate:g}" for rate in method.learning_rates)
-    if best.trained.result == DIVERGED:
-        return replace(row, skipped=f"the loss is no number at learning rates {rates}")
-    note = f"learning rate {best.rate:g}, chosen from {rates} on the select split; the time is that of all of them"
-    if method.seq2seq_note and best.is_seq2seq:
-        note = f"{note}; {method.seq2seq_note}"
-    return replace(
-        row,
-        answers=best.answers,
-        train_s=sum(attempt.trained.train_s for attempt in attempts),
-        ms_per_text=best.ms_per_text,
-        num_trained=best.num_trained,
-        disk_bytes=best.disk_bytes,
-        note=note,
-    )
+def method_rows(bench: Bench, method: PlainMethod) -> Iterator[MethodRow]:
+    """Train with every seed; the first one chooses among the method's learning rates by the select split."""
+    rates, note = method.learning_rates, ""
+    for seed in bench.seeds:
+        row = MethodRow("alone", method.name, num_train=len(bench.dataset.train), seed=seed)
+        if not bench.labels:
+            yield replace(row, skipped=NEEDS_LABELS)
+            continue
+        try:
+            attempts = [_attempt(bench, method, seed, rate) for rate in rates]
+        except (MultiLoraError, torch.OutOfMemoryError) as error:
+            yield replace(row, skipped=str(error))
+            continue
+        best = max(attempts, key=lambda attempt: attempt.trained.result)
+        if best.trained.result == DIVERGED:
+            yield replace(row, skipped=f"the loss is no number at learning rates {', '.join(f'{rate:g}' for rate in rates)}")
+            continue
+        if not note:
+            note = _note(method, attempts, best)
+            rates = (best.rate,)
+        yield replace(
+            row,
+            answers=best.answers,
+            train_s=best.trained.train_s,
+            ms_per_text=best.ms_per_text,
+            num_trained=best.num_trained,
+            disk_bytes=best.disk_bytes,
+            note=note,
+        )
+
+
+def _note(method: PlainMethod, attempts: Sequence[_Attempt], best: _Attempt) -> str:
+    note = f"learning rate {best.rate:g}"
+    if len(attempts) > 1:
+        rates = ", ".join(f"{attempt.rate:g}" for attempt in attempts)
+        others_s = sum(attempt.trained.train_s for attempt in attempts if attempt is not best)
+        note += f", chosen from {rates} on the select split, which took {others_s:.3g} s more"
+    return f"{note}; {method.seq2seq_note}" if method.seq2seq_note and best.is_seq2seq else note
 
 
 def quantised_rows(bench: Bench) -> Iterator[MethodRow]:
@@ -124,6 +133,7 @@ def train_plain(bench: Bench, method: PlainMethod, seed: int, rate: float) -> tu
 
 
 def _attempt(bench: Bench, method: PlainMethod, seed: int, rate: float) -> _Attempt:
+    gc.collect()  # models refer to themselves, and the next base needs their memory
     learner, trained = train_plain(bench, method, seed, rate)
     parameters, answers, ms_per_text = trained_parameters(learner.module), tuple[str, ...](), 0.0
     if trained.result != DIVERGED:

@@ -34,7 +34,7 @@ from orchestrator.session import ray_session
 from orchestrator.status import COMPARED
 
 logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 """Raise it when a method of any part answers otherwise than before, so that stored rows are not taken for new ones."""
 SEEDS, SIZES = (0, 1, 2), (25, 50, 100, 200, 500)
 MAX_REASON, MAX_METRIC = 300, 200

@@ -9,7 +9,7 @@ from tiny_cards_bench import LABELS, tiny_bench
 
 from multilora.base_model import load_base
 from multilora.errors import AdapterError
-from orchestrator.alone import QUANTISED, alone_rows, method_row, quantised_rows, train_plain
+from orchestrator.alone import QUANTISED, alone_rows, method_rows, quantised_rows, train_plain
 from orchestrator.own_adapters import OwnAdapter, train_own
 from orchestrator.plain_methods import METHODS, PlainMethod, biases, ia3, prefix_tuning, prompt_tuning, vanilla
 from orchestrator.plain_training import DIVERGED, answering, scores_of, timed, trained_parameters
@@ -23,6 +23,12 @@ UNCHANGED_RATE = 1e-12
 @pytest.fixture
 def bench(tmp_path, base_folder):
     return lambda kind="encoder", **options: tiny_bench(tmp_path, base_folder(kind), **options)
+
+
+def only_row(bench, method):
+    """The row of one seed."""
+    (row,) = method_rows(replace(bench, seeds=(0,)), method)
+    return row
 
 
 def watched(method):
@@ -93,20 +99,23 @@ def test_it_stops_early_as_the_spec_says(bench):
 
 
 @pytest.mark.parametrize("rates", [(1e-3, 1e-1), (1e-1, 1e-3)])
-def test_the_select_split_chooses_the_learning_rate_and_all_time_counts(bench, rates):
-    one, method = bench(), replace(BY_NAME["frozen_head"], learning_rates=rates)
+def test_the_first_seed_chooses_the_learning_rate_on_the_select_split_for_all(bench, rates):
+    one, method = bench(seeds=(2, 0)), replace(BY_NAME["frozen_head"], learning_rates=rates)
     results = {rate: train_plain(one, method, 2, rate)[1].result for rate in rates}
     best = max(results, key=results.get)
     assert len(set(results.values())) == 2
-    row = method_row(one, method, seed=2)
-    assert (row.part, row.method, row.num_train, row.seed, row.skipped) == ("alone", method.name, 24, 2, "")
-    assert row.note.startswith(f"learning rate {best:g}, chosen from {rates[0]:g}, {rates[1]:g} on the select split")
-    single = method_row(one, replace(method, learning_rates=(best,)), seed=2)
-    assert single.answers == row.answers
-    assert row.train_s > single.train_s > 0
-    assert row.num_trained == 64 * 3 + 3
-    assert row.disk_bytes == 4 * row.num_trained
-    assert row.ms_per_text > 0
+    rows = list(method_rows(one, method))
+    alone = list(method_rows(one, replace(method, learning_rates=(best,))))
+    assert [(row.part, row.method, row.num_train, row.skipped) for row in rows] == [("alone", method.name, 24, "")] * 2
+    assert [(row.seed, row.answers) for row in rows] == [(row.seed, row.answers) for row in alone]
+    chosen = f"learning rate {best:g}, chosen from {rates[0]:g}, {rates[1]:g} on the select split, which took "
+    assert {row.note[: len(chosen)] for row in rows} == {chosen}
+    assert {row.note for row in alone} == {f"learning rate {best:g}"}
+    for row in rows:
+        assert row.train_s > 0
+        assert row.num_trained == 64 * 3 + 3
+        assert row.disk_bytes == 4 * row.num_trained
+        assert row.ms_per_text > 0
 
 
 def test_a_loss_that_is_no_number_is_the_reason(bench):
@@ -116,7 +125,7 @@ def test_a_loss_that_is_no_number_is_the_reason(bench):
 
     method = PlainMethod("poisoned", (1e-4, 1e-3), poisoned)
     assert train_plain(bench(), method, 0, 1e-3)[1].result == DIVERGED
-    row = method_row(bench(), method, 0)
+    row = only_row(bench(), method)
     assert row.skipped == "the loss is no number at learning rates 0.0001, 0.001"
     assert not row.answers
 
@@ -130,15 +139,15 @@ def test_one_rate_that_diverges_does_not_cost_the_other(bench):
             next(base.model.parameters()).data.fill_(float("nan"))
         return vanilla(base, spec)
 
-    row = method_row(bench(), PlainMethod("half poisoned", (1e-3, 1e-4), poisoned_first), 0)
+    row = only_row(bench(), PlainMethod("half poisoned", (1e-3, 1e-4), poisoned_first))
     assert not row.skipped
     assert row.note.startswith("learning rate 0.0001")
 
 
 def test_a_prefix_of_an_encoder_decoder_has_a_note_that_is_true(bench):
     method = BY_NAME["prefix_tuning"]
-    assert "uses half of the parameters" not in method_row(bench(), method, 0).note
-    assert method_row(bench("seq2seq"), method, 0).note.endswith("same part of it and uses half of the parameters")
+    assert "uses half of the parameters" not in only_row(bench(), method).note
+    assert only_row(bench("seq2seq"), method).note.endswith("same part of it and uses half of the parameters")
     learner, _ = train_plain(bench("seq2seq"), method, 0, 1e-2)
     (prefix,) = trained_parameters(learner.module)
     learner.losses(learner.rows(bench().dataset.train[:2]), [0, 1]).mean().backward()
@@ -150,7 +159,7 @@ def test_a_prefix_of_an_encoder_decoder_has_a_note_that_is_true(bench):
 
 @pytest.mark.parametrize(("kind", "model_type"), [("seq2seq", "t5"), ("causal", "llama")])
 def test_a_base_without_biases_is_named(bench, kind, model_type):
-    assert method_row(bench(kind), BY_NAME["biases"], 0).skipped == f"a base of type {model_type} has no biases"
+    assert only_row(bench(kind), BY_NAME["biases"]).skipped == f"a base of type {model_type} has no biases"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bart", "roberta", "mt5"])
@@ -173,14 +182,14 @@ def test_a_base_that_peft_does_not_know_has_no_ia3(fresh_base, bench):
 
 @pytest.mark.parametrize("build", [prefix_tuning, prompt_tuning])
 def test_virtual_tokens_need_room(bench, build):
-    row = method_row(bench(train={"max_length": 500}), BY_NAME[build.__name__], 0)
+    row = only_row(bench(train={"max_length": 500}), BY_NAME[build.__name__])
     assert row.skipped == (
         "20 virtual tokens and the longest prompt take 520 positions, the base has 512; lower train.max_length"
     )
 
 
 def test_an_adapter_of_the_decoder_alone_has_nothing_below_an_encoders_head(bench):
-    row = method_row(bench("seq2seq", lora={"target_modules": ["EncDecAttention.q"]}), BY_NAME["lora_head"], 0)
+    row = only_row(bench("seq2seq", lora={"target_modules": ["EncDecAttention.q"]}), BY_NAME["lora_head"])
     assert "match no linear layer" in row.skipped
 
 
@@ -216,7 +225,7 @@ def test_an_adapter_that_cannot_be_trained_says_why_in_its_rows(bench):
 def test_a_base_that_is_not_there_says_why_in_its_rows(tmp_path):
     one = tiny_bench(tmp_path, tmp_path / "nowhere")
     assert all("config.json of the base cannot be read" in row.skipped for row in quantised_rows(one))
-    assert "config.json of the base cannot be read" in method_row(one, METHODS[0], 0).skipped
+    assert "config.json of the base cannot be read" in only_row(one, METHODS[0]).skipped
 
 
 def test_own_adapters_are_trained_anew_each_time(bench, tmp_path):
