@@ -1,6 +1,6 @@
 """Write task files for public data sets beside this checkout, so that `orchestrator compare` can be run on them.
 
-    python benchmarks/public_tasks.py FOLDER
+python benchmarks/public_tasks.py FOLDER
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Literal
 
 from orchestrator.compare_result import LEVEL, WITH_ADAPTERS, Difference, MethodComparison
 from orchestrator.learning_curve import fit_learning_curve
-from orchestrator.methods import Part, Summary
+from orchestrator.methods import ENGINE, MERGED, PACES, Part, Summary
 from orchestrator.power import examples_needed
 from orchestrator.report_words import duration, listed, share, signed_share, size
 
@@ -49,7 +49,7 @@ def advise(found: MethodComparison) -> Advice:
     if own is None:
         known = f"The adapter was not tried: {name_of(rivals[0])} is right for {_accuracy(found, rivals[0])}."
         return Advice("warn", f"{known} What it would add: {command} curve.", (_costs(rivals), *missing))
-    details = (_costs([own, *rivals]), *_outlook(found), *_others(found), *missing)
+    details = (_costs([own, *rivals]), *_outlook(found), *_others(found), *_merged(found), *missing)
     if not rivals:
         known = f"An adapter trained with {own.num_train} examples is right for {_accuracy(found, own)}."
         return Advice("warn", f"{known} Whether a prompt would do: {command} baselines,prompting.", details)
@@ -130,6 +130,22 @@ def _others(found: MethodComparison) -> tuple[str, ...]:
     known = "is better still" if gap.is_shown else "is not shown better"
     how = f", corrected for {len(others)} comparisons" if len(others) > 1 else ""
     return (f"The best of {count}, {best.method}, {known}: {share(best.accuracy)} ({_interval(gap)}{how}).",)
+
+
+def _merged(found: MethodComparison) -> tuple[str, ...]:
+    """What merging the adapter into the base would change."""
+    ran = {one.method: one for one in found.ran("merged")}
+    both = [[ran.get(f"{way}, {pace}") for way in (MERGED, ENGINE)] for pace in PACES]
+    ratios = [merged.ms_per_text / engine.ms_per_text for merged, engine in both if merged and engine and engine.ms_per_text]
+    merged, engine = both[0]
+    if not merged or not engine or len(ratios) < len(PACES):
+        return ()
+    paces = " and ".join(f"{ratio:.2f} times {pace}" for ratio, pace in zip(ratios, PACES, strict=True))
+    return (
+        f"Merged into the base it is right for {share(merged.accuracy)}, in the engine for {share(engine.accuracy)}; the merged "
+        f"model takes {paces} of the engine's time, and {size(merged.disk_bytes)} a task instead of {size(engine.disk_bytes)}: "
+        "merge what is served alone, keep adapters where several tasks share a base.",
+    )
 
 
 def _missing(found: MethodComparison) -> tuple[str, ...]:

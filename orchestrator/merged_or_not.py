@@ -17,14 +17,12 @@ from multilora.artifact import read_artifact
 from multilora.base_model import load_base
 from multilora.errors import MultiLoraError
 from orchestrator.dataset import Example
-from orchestrator.methods import Bench, MethodRow
+from orchestrator.methods import ENGINE, MERGED, PACES, SWITCHED, Bench, MethodRow
 from orchestrator.own_adapters import NEEDS_LABELS, OwnAdapter, engine_answering, megabytes, train_own, weight_bytes
 from orchestrator.plain_scoring import LabelScorer, with_adapter
 from orchestrator.plain_training import Answering, answering, timed
 from serve.engine import Engine
 
-ENGINE, SWITCHED, MERGED = "unmerged in the engine", "switched by PEFT", "merged into the base"
-PACES = ("batched", "one by one")
 PEFT_NAME = "task"
 
 

@@ -19,6 +19,10 @@ from orchestrator.paired import wilson
 Part = Literal["baselines", "prompting", "variants", "alone", "curve", "merged"]
 """Without training; the base with other prompts; adapters trained together; methods that train alone; by number of examples."""
 
+ENGINE, SWITCHED, MERGED = "unmerged in the engine", "switched by PEFT", "merged into the base"
+"""Ways to run one adapter, each in both paces: a method of part "merged" is called `<way>, <pace>`."""
+PACES = ("batched", "one by one")
+
 
 @dataclass(frozen=True)
 class MethodRow:

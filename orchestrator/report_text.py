@@ -16,7 +16,7 @@ MAX_REASON = 300
 FAILURES = (Decision.REFUSED, Decision.IN_PRODUCTION)
 SKIPS = (Decision.HELD_BACK, Decision.IN_DOUBT, Decision.UNPROVEN, Decision.AGAINST_ADVICE)
 _FORBIDDEN_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_ACTIVE_IN_MARKDOWN = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",.;-()'%?"}
+_ACTIVE_IN_MARKDOWN = {ord(mark): f"&#{ord(mark)};" for mark in string.punctuation if mark not in ",.;-()'%?+=/"}
 _CHECKS = {"judged": "gate", "rechecked": "gate again", "unchanged": "unchanged", "verified": "canaries", "failed": "gate"}
 
 
@@ -75,6 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
 def plain(text: str) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     escaped = " ".join(_FORBIDDEN_IN_XML.sub("\ufffd", text).split()).translate(_ACTIVE_IN_MARKDOWN)
+    escaped = re.sub("&#58;(?= |$)", ":", escaped)  # else it may begin an emoji's name or end an address's scheme
     # GitHub links bare addresses and people even where everything is escaped; a zero-width space stops it.
     return re.sub(r"(?i)www(?=\.)|(?<!\w)&#64;", lambda found: f"{found.group()}\u200b", escaped)
 

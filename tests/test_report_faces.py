@@ -303,6 +303,7 @@ def test_hostile_text_stays_text_in_markdown() -> None:
     table = [line for line in text.splitlines() if line.startswith("| ") and "lost |" not in line and "won |" not in line]
     assert {line.count("|") for line in table} == {9, 6}
     assert escaped("a\n\n# b") == "a &#35; b"
+    assert escaped("odd: +.1 = a/b :smile: http://x") == "odd: +.1 = a/b &#58;smile: http&#58;//x"
 
 
 def test_the_same_report_is_written_the_same(tmp_path: Path) -> None:
