@@ -25,7 +25,9 @@ def setup_logging(level: str | None = None, log_file: str | None = None) -> None
 
 
 def log_apart(name: str, file: Path) -> None:
-    """Also append the lines of one logger to a file of its own; processes that share it append whole lines."""
+    """Append the lines of one logger to a file of its own instead; processes that share it append whole lines."""
     handler = logging.FileHandler(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger(name).addHandler(handler)
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    logger.propagate = False

@@ -30,6 +30,15 @@ def serve(
     max_replicas: Annotated[
         int | None, typer.Option("--max-replicas", min=1, help="Let their number grow up to this one while requests queue up.")
     ] = None,
+    target_requests: Annotated[
+        int, typer.Option("--target-requests", min=1, help="Requests at once that one replica is meant for, of --max-replicas.")
+    ] = 64,
+    upscale_delay: Annotated[
+        float, typer.Option("--upscale-delay", min=0, help="Seconds of more requests than that before a replica is added.")
+    ] = 30.0,
+    downscale_delay: Annotated[
+        float, typer.Option("--downscale-delay", min=0, help="Seconds of fewer requests before a replica goes.")
+    ] = 600.0,
     slots: Annotated[int, typer.Option("--slots", min=1, help="Adapters on the device at once, per base.")] = 16,
     host_adapters: Annotated[int, typer.Option("--host-adapters", min=1, help="Adapters in host memory at once.")] = 256,
     by_task: Annotated[
@@ -61,7 +70,14 @@ def serve(
             with haproxy_in_front(config.ray_address, is_by_task=by_task):  # before Ray is imported
                 from orchestrator.deploy import run_endpoint
 
-                settings = {"num_slots": slots, "num_host_adapters": host_adapters, "challengers": roles}
+                settings = {
+                    "num_slots": slots,
+                    "num_host_adapters": host_adapters,
+                    "challengers": roles,
+                    "target_requests_per_replica": target_requests,
+                    "upscale_delay_s": upscale_delay,
+                    "downscale_delay_s": downscale_delay,
+                }
                 run_endpoint(config, host, port, num_replicas, settings)
             return
         from orchestrator import background
@@ -72,6 +88,7 @@ def serve(
             raise CapacityError(f"an endpoint runs at {running.url}, with its own challengers; end it first: orchestrator stop")
         options: list[object] = ["--replicas", replicas, "--slots", slots, "--host-adapters", host_adapters]
         options += ["--max-replicas", max_replicas] if max_replicas else []
+        options += ["--target-requests", target_requests, "--upscale-delay", upscale_delay, "--downscale-delay", downscale_delay]
         options += ["--by-task"] if by_task else []
         options += [word for one in challenger or () for word in ("--challenger", one)]
         url = start_endpoint(config, host, port, options)

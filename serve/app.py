@@ -171,7 +171,13 @@ def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cp
     Where the most replicas are more than the least, Ray starts others while requests queue up; those that leave finish theirs.
     """
     least, most = num_replicas
-    scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": config.target_requests_per_replica}
+    scaling = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "target_ongoing_requests": config.target_requests_per_replica,
+        "upscale_delay_s": config.upscale_delay_s,
+        "downscale_delay_s": config.downscale_delay_s,
+    }
     options: dict[str, Any] = {"num_replicas": least} if most == least else {"autoscaling_config": scaling}
     env = {FOLDER_VARIABLE: str(config.metrics_dir)} if config.metrics_dir else {}
     actor = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}

@@ -44,6 +44,10 @@ class ServeConfig(Part):
     """Most tokens of a text that a base itself writes where it is asked by its own name."""
     target_requests_per_replica: int = Field(default=64, ge=1)
     """Requests in a replica, waiting ones included, above which more replicas are started where that is allowed."""
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    """Seconds for which more requests than that must come before a replica is added."""
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+    """Seconds for which fewer requests must come before a replica goes."""
     keys_file: Path | None = None
     """API keys (see serve/auth.py); omit to ask for none, which is for this machine only."""
     audit_file: Path | None = None
