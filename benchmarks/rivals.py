@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 import uvicorn
 from fastapi import FastAPI
 from peft import PeftModel
@@ -21,14 +22,11 @@ from pydantic import BaseModel
 from ray import serve as ray_serve
 from starlette.requests import Request
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from benchmarks.serving_tasks import FORMAT
-from multilora.base_files import EMBEDDED, find_base
-from multilora.prompt import label_wordings
-from multilora.scoring import COSINE_SCALE
-from multilora.spec import BaseSpec
-from orchestrator.plain_scoring import mean_pooled, with_adapter
+from multilora.artifact import read_artifact
+from multilora.base_model import load_base
+from multilora.prompt import encode_prompt
+from orchestrator.plain_scoring import LabelScorer, with_adapter
 
 
 class Question(BaseModel):
@@ -39,45 +37,52 @@ class Question(BaseModel):
 
 
 class Peft:
-    """MiniLM with PEFT adapters: one task at a time."""
+    """A base with PEFT adapters, or merged models: one task at a time."""
 
     def __init__(self, folder: Path, *, is_merged: bool = False) -> None:
-        base_folder = find_base(BaseSpec(model=next(iter(EMBEDDED)))).folder
-        self.tokenizer = AutoTokenizer.from_pretrained(base_folder)
-        base = AutoModel.from_pretrained(base_folder, dtype=torch.float32).eval()
-        with torch.inference_mode():
-            self.labels_LH = self._pooled(base, label_wordings(FORMAT.labels))
         self.paths = {path.parents[1].name.rpartition("-")[0]: path for path in folder.glob("*-*/artifacts/adapter")}
-        self.merged: dict[str, PreTrainedModel] = {}
-        self.model: PeftModel | None = None
+        first, *_ = self.paths
+        card = read_artifact(self.paths[first]).card
+        self._base = load_base(card.base, "cpu")
+        self._scorer = LabelScorer.of(self._base, card.prompt_format)
+        self._names = [label for label, _ in card.labels]
+        self._merged: dict[str, LabelScorer] = {}
+        self._model: PeftModel | None = None
         if is_merged:
             for task, path in self.paths.items():
-                fresh = AutoModel.from_pretrained(base_folder, dtype=torch.float32)
-                self.merged[task] = with_adapter(fresh, path).merge_and_unload().eval()
+                model = with_adapter(load_base(card.base, "cpu").model, path).merge_and_unload().eval()
+                self._merged[task] = replace(self._scorer, base=replace(self._base, model=model), model=model)
         else:
-            first, *_ = self.paths
-            self.model = with_adapter(base, self.paths[first], first)
+            self._model = with_adapter(self._base.model, self.paths[first], first)
+            self._scorer = replace(self._scorer, model=self._model)
 
     def load(self, task: str) -> None:
         """Load a task's adapter, where it is not there yet."""
-        if self.model is not None and task not in self.model.peft_config:
-            self.model.load_adapter(self.paths[task], adapter_name=task)
+        if self._model is not None and task not in self._model.peft_config:
+            self._model.load_adapter(self.paths[task], adapter_name=task)
+
+    def probabilities(self, task: str, texts: Sequence[str]) -> list[dict[str, float]]:
+        """One padded batch of one task."""
+        if self._model is not None:
+            self._model.set_adapter(task)
+        probabilities_BL = self._scores(self._merged.get(task, self._scorer), texts).softmax(-1)
+        return [dict(zip(self._names, row, strict=True)) for row in probabilities_BL.tolist()]
+
+    def run_base(self, texts: Sequence[str]) -> None:
+        """One padded batch through the base as transformers runs it."""
+        assert self._model is not None
+        with self._model.disable_adapter():
+            self._scores(self._scorer, texts)
 
     @torch.inference_mode()
-    def probabilities(self, task: str, texts: list[str]) -> list[dict[str, float]]:
-        """One padded batch of one task."""
-        model = self.merged.get(task) or self.model
-        if isinstance(model, PeftModel):
-            model.set_adapter(task)
-        scores_BL = COSINE_SCALE * self._pooled(model, texts) @ self.labels_LH.T
-        names = [label for label, _ in FORMAT.labels]
-        return [dict(zip(names, row, strict=True)) for row in scores_BL.softmax(-1).tolist()]
-
-    def _pooled(self, model: torch.nn.Module | None, texts: list[str]) -> Tensor:
-        assert model is not None
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=FORMAT.max_length_tokens, return_tensors="pt")
-        hidden_BTH = model(**batch).last_hidden_state
-        return F.normalize(mean_pooled(hidden_BTH, batch["attention_mask"]), dim=-1)
+    def _scores(self, scorer: LabelScorer, texts: Sequence[str]) -> Tensor:
+        tokenizer, prompt_format = self._base.tokenizer, scorer.prompt_format
+        if prompt_format.family == "encoder":  # whose prompt is the text
+            rows = tokenizer(list(texts), truncation=True, max_length=prompt_format.max_length_tokens)["input_ids"]
+        else:
+            rows = [encode_prompt(prompt_format, {"text": text}, tokenizer).token_ids for text in texts]
+        parts = [scorer.scores(rows[first : first + scorer.max_rows]) for first in range(0, len(rows), scorer.max_rows)]
+        return torch.cat(parts)
 
 
 def plain_server(folder: Path, *, is_merged: bool) -> FastAPI:

@@ -1,6 +1,7 @@
 """How fast does one endpoint answer for 16 tasks, and for 1,000, beside what a user would otherwise run?
 
-MiniLM in float32, real short texts, random adapters of rank 8 on every linear layer, uniform and Zipf traffic. In turn:
+MiniLM, or a model of Flan-T5 small's shape, in float32; real short texts, random adapters of rank 8 on every linear layer,
+uniform and Zipf traffic. In turn:
 
 engine     offline, in this process: mixed batches against a plain padded batch of 32 through transformers (`engine_vs_padded`),
            against the base alone through our engine (`vs_base`), 64 adapters over 16 slots against 64 (`overflow_64_over_16`)
@@ -12,7 +13,7 @@ scale      1,000 registered adapters, 64 slots, 256 in host memory: start-up, li
 
 Every server's probabilities are held against plain PEFT's.
 
-    python benchmarks/serve.py [--quick] [--json FILE] [--rounds N]
+    python benchmarks/serve.py [--quick] [--base minilm|flan-t5-small] [--json FILE] [--rounds N]
 """
 
 from __future__ import annotations
@@ -32,24 +33,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, 
 
 import httpx
 import psutil
-import torch
 from mlflow import MlflowClient
 
 from benchmarks.load import Load, Server, answers_of, closed_loop, open_loop
 from benchmarks.rivals import Peft
 from benchmarks.serving_scale import measure_scale
-from benchmarks.serving_tasks import FORMAT, RANK, AdapterMaker, Asked, real_texts, traffic, write_and_crown
+from benchmarks.serving_tasks import BASES, LABELS, RANK, AdapterMaker, Asked, base_spec, real_texts, traffic, write_and_crown
 from benchmarks.timing import ROOT, Report, Row, interleave, median, ratio, read_settings
 from multilora.artifact import AdapterArtifact
-from multilora.base_files import EMBEDDED
 from multilora.base_model import load_base
 from multilora.registry import Registry
-from multilora.spec import BaseSpec
 from orchestrator.config import OrchestratorConfig
 from serve.engine import Engine, Work
 
 TASKS = [f"task-{number:02}" for number in range(16)]
-BASE = BaseSpec(model=next(iter(EMBEDDED)))
 TOLERANCE = 1e-3
 NUM_CLIENTS = 64
 PORT = 8790
@@ -58,16 +55,16 @@ RIVALS = {"set-adapter": "vs_set_adapter", "merged": "vs_merged", "multiplexed":
 
 def main() -> int:
     """Run all parts and report."""
-    settings = read_settings(__doc__ or "", quick_rounds=2, full_rounds=5, has_cuda=False)
-    sizes = {"rank": RANK, "num_tasks": len(TASKS), "num_clients": NUM_CLIENTS, "num_labels": len(FORMAT.labels)}
-    report = Report("serve", settings, {**sizes})
+    settings = read_settings(__doc__ or "", quick_rounds=2, full_rounds=5, has_cuda=False, bases=BASES)
+    sizes = {"rank": RANK, "num_tasks": len(TASKS), "num_clients": NUM_CLIENTS, "num_labels": len(LABELS)}
+    report = Report("serve", settings, {**sizes, "base": settings.base})
     with tempfile.TemporaryDirectory(prefix="serve-benchmark-") as folder:
         config = OrchestratorConfig(workspace=Path(folder) / "workspace")
         config.workspace.mkdir()
         registry = Registry(config.registry_uri, config.artifact_root)
         registry.initialise()
         client = MlflowClient(config.registry_uri, registry_uri=config.registry_uri)
-        maker = AdapterMaker(load_base(BASE, "cpu"))
+        maker = AdapterMaker(load_base(base_spec(settings.base, Path(folder) / "base"), "cpu"))
         adapters = Path(folder) / "adapters"
         artifacts = [write_and_crown(maker, client, adapters, task, seed) for seed, task in enumerate(TASKS)]
         offline = measure_engine(report, maker, artifacts)
@@ -83,7 +80,7 @@ def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[Adap
     """Measure the engine without HTTP; returns its texts per second."""
     num = 256 if report.settings.is_quick else 1024
     asked = traffic(TASKS, num, is_zipf=False)
-    engine = Engine(load_base(BASE, "cpu"), 16, 8, max_batch_tokens=1024)
+    engine = Engine(load_base(maker.base.spec, "cpu"), 16, 8, max_batch_tokens=1024)
     for artifact in artifacts:
         engine.bind(artifact, 1)
     plain = Peft(artifacts[0].folder.parents[2])
@@ -91,14 +88,17 @@ def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[Adap
     columns = [{"text": text} for text in texts]
 
     def run_padded() -> None:
-        with torch.inference_mode(), plain_base(plain) as model:
-            for first in range(0, len(texts), 32):
-                plain._pooled(model, texts[first : first + 32])
+        for first in range(0, len(texts), 32):
+            plain.run_base(texts[first : first + 32])
 
     def run_engine() -> None:
         engine.classify([Work(f"{one.task}@1", engine.prompt(f"{one.task}@1", one.text)) for one in asked])
 
-    variants = {"engine": run_engine, "base": lambda: engine.classify_zero_shot(FORMAT, columns), "padded": run_padded}
+    variants = {
+        "engine": run_engine,
+        "base": lambda: engine.classify_zero_shot(maker.prompt_format, columns),
+        "padded": run_padded,
+    }
     for run in variants.values():
         run()
     times = interleave(variants, report.settings)
@@ -110,14 +110,6 @@ def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[Adap
     return num / median(times, "engine")
 
 
-@contextmanager
-def plain_base(plain: Peft) -> Iterator[torch.nn.Module]:
-    """PEFT's model with every adapter off: the base as transformers runs it."""
-    assert plain.model is not None
-    with plain.model.disable_adapter():
-        yield plain.model
-
-
 def measure_overflow(report: Report, maker: AdapterMaker, num: int) -> None:
     """64 adapters over 16 slots, in batches as they come under load, against a slot for each."""
     tasks = [f"many-{number:02}" for number in range(64)]
@@ -125,7 +117,9 @@ def measure_overflow(report: Report, maker: AdapterMaker, num: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = [maker.write(Path(folder) / task, task, seed) for seed, task in enumerate(tasks)]
         sizes = {"over_16": 16, "resident": 64}
-        engines = {name: Engine(load_base(BASE, "cpu"), size, RANK, max_batch_tokens=1024) for name, size in sizes.items()}
+        engines = {
+            name: Engine(load_base(maker.base.spec, "cpu"), size, RANK, max_batch_tokens=1024) for name, size in sizes.items()
+        }
         for engine in engines.values():
             for artifact in written:
                 engine.bind(artifact, 1)

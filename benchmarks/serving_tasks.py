@@ -1,4 +1,4 @@
-"""What the serving benchmark asks: tasks with random adapters over MiniLM, a registry that holds them, and real short texts."""
+"""What the serving benchmark asks: tasks with random adapters over a base, a registry that holds them, and real short texts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,31 @@ from pathlib import Path
 
 import torch
 from mlflow import MlflowClient
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
+from benchmarks.shapes import build_model
 from multilora.artifact import FORMAT_VERSION, AdapterArtifact, Canary, TaskCard, card_fields, read_artifact, write_artifact
+from multilora.base_files import EMBEDDED, Family, find_base
 from multilora.base_model import FrozenBase
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.registry import ADAPTER_PATH, CHAMPION, TAG_OWNER
 from multilora.scoring import SCORER_VERSION, ScoringRow, encode_labels, score_labels
+from multilora.spec import BaseSpec
 from multilora.target_modules import match_modules
 from orchestrator.trainer import NUM_CANARIES
 
 ROOT = Path(__file__).parents[1]
 RANK = 8
 LABELS = (("complaint", ""), ("question", ""), ("praise", ""), ("something else", ""))
-FORMAT = PromptFormat("encoder", "{text}", "text", LABELS, max_length_tokens=128)
+INSTRUCTIONS: dict[Family, str] = {
+    "encoder": "{text}",
+    "seq2seq": "What does a customer write?\n{labels}\nMessage: {text}\nAnswer:",
+}
+BASES = ("minilm", "flan-t5-small")
+"""MiniLM with its weights; the shape of Flan-T5 small with random ones and MiniLM's vocabulary."""
+MINILM = BaseSpec(model=next(iter(EMBEDDED)))
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,23 @@ class Asked:
 
     task: str
     text: str
+
+
+def base_spec(name: str, folder: Path) -> BaseSpec:
+    """The base of that name, written into `folder` where no package has it."""
+    if name == "minilm":
+        return MINILM
+    tokenizer = AutoTokenizer.from_pretrained(find_base(MINILM).folder, eos_token="[SEP]")
+    # As T5's: an end, and no beginning.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", tokenizer.eos_token_id)]
+    )
+    model = build_model(name, torch.float32, torch.device("cpu"))
+    model.lm_head.weight.data.mul_(0.1)  # random weights make logits of hundreds, where float32 is coarse
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return BaseSpec(model=str(folder))
 
 
 def real_texts() -> list[str]:
@@ -53,7 +81,8 @@ class AdapterMaker:
     """Writes adapters of random tensors, strong enough to turn answers around, with true canaries."""
 
     def __init__(self, base: FrozenBase) -> None:
-        self._base = base
+        self.base = base
+        self.prompt_format = PromptFormat(base.family, INSTRUCTIONS[base.family], "text", LABELS, max_length_tokens=128)
         self._slots = AdapterSlots(base.model, match_modules(base.model, "all-linear"), 1, RANK)
 
     def write(self, folder: Path, task: str, seed: int, canaries_of: AdapterArtifact | None = None) -> AdapterArtifact:
@@ -67,8 +96,8 @@ class AdapterMaker:
             format_version=FORMAT_VERSION,
             task=task,
             description="random tensors",
-            base=self._base.spec,
-            base_fingerprint=self._base.files.fingerprint,
+            base=self.base.spec,
+            base_fingerprint=self.base.files.fingerprint,
             scorer_version=SCORER_VERSION,
             rank=RANK,
             scaling=2.0,
@@ -78,17 +107,18 @@ class AdapterMaker:
             max_new_tokens=None,
             spec_hash="0" * 16,
             data_fingerprint="0" * 64,
-            **card_fields(FORMAT),
+            **card_fields(self.prompt_format),
         )
         return write_artifact(folder, card, tensors)
 
     def _canaries(self, tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> list[Canary]:
         with torch.no_grad():
             self._slots.load(0, tensors, 2.0)
-            labels = encode_labels(self._base, self._slots, FORMAT)
+            labels = encode_labels(self.base, self._slots, self.prompt_format)
             columns = [{"text": text} for text in real_texts()[:NUM_CANARIES]]
-            rows = [ScoringRow(encode_prompt(FORMAT, item, self._base.tokenizer).token_ids, 0, labels) for item in columns]
-            scores = score_labels(self._base, self._slots, rows)
+            prompts = [encode_prompt(self.prompt_format, item, self.base.tokenizer) for item in columns]
+            rows = [ScoringRow(prompt.token_ids, 0, labels) for prompt in prompts]
+            scores = score_labels(self.base, self._slots, rows)
         return [Canary(columns=item, scores=row.tolist()) for item, row in zip(columns, scores, strict=True)]
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +44,8 @@ class Settings:
     max_s: float
     """No further round of a group starts after this many seconds."""
     device: torch.device
+    base: str = ""
+    """Shape of the base, where a benchmark has several."""
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,24 @@ class Report:
         return table
 
 
-def read_settings(description: str, quick_rounds: int, full_rounds: int, *, has_cuda: bool = True) -> Settings:
-    """Parse the command line and set the threads: as many as there are cores."""
+def read_settings(
+    description: str, quick_rounds: int, full_rounds: int, *, has_cuda: bool = True, bases: Sequence[str] = ()
+) -> Settings:
+    """Parse the command line and set the threads: as many as there are cores. The first of `bases` is the default."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and only what the named ratios need")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--rounds", type=int, help=f"rounds (default {full_rounds}, quick {quick_rounds})")
     if has_cuda:
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    if bases:
+        parser.add_argument("--base", choices=bases, default=bases[0])
     given = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     device = torch.device(given.device if has_cuda else "cpu")
     num_rounds = given.rounds or (quick_rounds if given.quick else full_rounds)
     max_s = QUICK_S if given.quick and not given.rounds else math.inf
-    return Settings(given.quick, given.json, num_rounds, max_s, device)
+    return Settings(given.quick, given.json, num_rounds, max_s, device, given.base if bases else "")
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], settings: Settings) -> dict[str, list[float]]:
