@@ -215,7 +215,28 @@ def _sentence(text: str) -> str:
 
 INTRODUCTION = """# Evidence
 
-What `orchestrator compare` measured."""
+What `orchestrator compare` measured on eight tasks: the demo's five, and three public sets of which
+benchmarks/public_tasks.py draws 200 training, 50 select and 400 gate rows. The base is MiniLM (22.6M parameters) in float32.
+Two comparisons ran side by side, each on one CPU core that had other work at times, so seconds and milliseconds compare
+within a table, and only roughly.
+
+    python benchmarks/public_tasks.py FOLDER
+    orchestrator compare TASK.yaml --parts baselines,prompting,alone,curve --sizes 25,100,200      # for each of the eight
+    python benchmarks/claims.py WORKSPACE... > docs/evidence.md
+
+What a reader must know:
+
+- MiniLM is an encoder. It reads neither an instruction nor examples beside its input, so "prompting" is what it does
+  untrained: it compares the text with the labels' names and meanings (zero-shot), or with the mean of some labelled examples
+  (prototypes, what examples in a prompt are to it). Nothing here says how well a large generative model is prompted.
+- The best prompt is chosen on the gate examples themselves, which favours prompts.
+- Seeds change an adapter's start and the order of its examples, and in the learning curve which examples it gets.
+- An adapter's training time is its share of a group that trains together; the methods of part "alone" train one after
+  another.
+- Adapters have the learning rate of their task files, 0.002. The methods of part "alone" choose from two, with the first
+  seed, on the select split; those two were set after a look at one task (support-intent), its gate included.
+- Confirmed or contradicted means p < 0.05 in the test that is named, over these tasks; nothing is corrected for the number of
+  claims."""
 
 
 def main() -> int:
