@@ -209,11 +209,8 @@ class BaseServer:
                 self._queue.wait()
                 if len(self._labels):  # others that come in the next moment share the batch
                     self._queue.wait_for(self._must_yield, self._max_wait_s)
-            batch = self._labels.next_batch(num_threads - self._num_busy)
             self._num_busy += 1
-            if len(self._labels):
-                self._queue.notify()  # another thread's share
-            return batch
+            return self._labels.next_batch(num_threads - self._num_busy + 1)
 
     def _must_yield(self) -> bool:
         return self.engine.is_wanted or bool(self._writing) or len(self._texts) > 0

@@ -7,7 +7,7 @@ both for whatever else runs on either; measured on two cores: 40 % of the time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -57,9 +57,8 @@ class ForwardThreads:
             worker()
             return
         with self._few_threads_each():
-            running, _ = wait([self._pool.submit(worker) for _ in range(number)])
-            for ended in running:
-                ended.result()
+            for running in [self._pool.submit(worker) for _ in range(number)]:
+                running.result()
 
     @contextmanager
     def _few_threads_each(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """Passes side by side: in order, without gradients, each on its share of the threads, and nothing left changed."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -59,26 +58,6 @@ def test_a_failure_comes_to_the_caller_and_the_next_call_works(two_threads):
         threads.map(lambda number: 1 // number, [1, 0])
     assert torch.get_num_threads() == 2
     assert threads.map(lambda number: 1 // number, [1, -1]) == [1, -1]
-
-
-def test_a_worker_that_fails_is_heard_of_when_the_others_have_ended(two_threads):
-    threads, turns, ended = ForwardThreads(torch.device("cpu")), iter((0, 1)), []
-    together = threading.Barrier(2)
-
-    def worker():
-        number = next(turns)
-        together.wait(timeout=30)
-        if number == 0:
-            raise ZeroDivisionError
-        time.sleep(0.1)  # long after the other one
-        ended.append((number, torch.get_num_threads()))
-
-    with pytest.raises(ZeroDivisionError):
-        threads.run(worker, 2)
-    assert ended == [(1, 1)]
-    assert torch.get_num_threads() == 2
-    threads.run(lambda: ended.append("alone"), 1)
-    assert ended[-1] == "alone"
 
 
 def test_each_thread_has_its_own_routing(fresh_base, random_adapter):
