@@ -1,15 +1,13 @@
 """One base's engine with its queues and its thread: waiting requests of all tasks -> mixed batches -> answers. No Ray, no HTTP.
 
-The engine's forward threads take batches of labels themselves, each as soon as it has answered its last one. Texts are
-written a step at a time, and between two steps a batch of labels is answered: a request for a label never waits for a
-text to come to its end.
+Texts are written a step at a time, and between two steps a batch of labels is answered: a request for a label never waits
+for a text to come to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from multilora.base_model import FrozenBase
 from multilora.generate import Reader, Token
 from serve.answer import Answer, written
 from serve.batcher import Batcher
-from serve.engine import Classify, Engine, Work
+from serve.engine import Engine, Work
 from serve.metrics import Metrics
 from serve.router import task_of
 from serve.writer import TextWork, Writer
@@ -108,17 +106,12 @@ class BaseServer:
     def __init__(self, engine: Engine, max_batch_tokens: int, max_wait_s: float, metrics: Metrics) -> None:
         self.engine, self._max_wait_s, self._metrics = engine, max_wait_s, metrics
         self._labels: Batcher[Pending] = Batcher(max_batch_tokens)
-        self._queue = threading.Condition()
-        """Of the labels that wait, which the loop adds to and the forward threads take from."""
-        self._num_busy = 0
-        """Forward threads that compute labels."""
         self._texts: Batcher[TextStream] = Batcher(max_batch_tokens)
         self._writing: deque[tuple[Writer, Sequence[TextStream]]] = deque()
         """Writers in turn, with the streams of their rows."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._is_awake, self._is_idle = asyncio.Event(), asyncio.Event()
         self._is_idle.set()
-        self._loop = asyncio.get_running_loop()
         self._loop_task = asyncio.create_task(self._run())
 
     @property
@@ -145,10 +138,9 @@ class BaseServer:
         limit = self.engine.bound(work.key).max_new_tokens
         if limit:
             return self.write(TextWork(work.key, work.prompt, limit)).answer
-        pending = Pending(work, self._loop.create_future(), self._loop.time())
-        with self._queue:
-            self._labels.add(work.key, self.engine.num_tokens(work), pending)
-            self._queue.notify()
+        loop = asyncio.get_running_loop()
+        pending = Pending(work, loop.create_future(), loop.time())
+        self._labels.add(work.key, self.engine.num_tokens(work), pending)
         self._wake()
         return pending.future
 
@@ -176,8 +168,8 @@ class BaseServer:
             await asyncio.sleep(self._max_wait_s)
             self._is_awake.clear()
             while self.num_waiting or self._writing:
-                if len(self._labels):
-                    await self._in_thread(lambda: self.engine.side_by_side(self._answer_labels))
+                # A caller that left needs no answer, and its adapter may be unbound by now.
+                await self._answer([pending for pending in self._labels.next_batch() if not pending.future.done()])
                 if len(self._writing) < MAX_WRITERS:
                     self._begin([stream for stream in self._texts.next_batch() if not stream.answer.done()])
                 if self._writing:
@@ -188,57 +180,31 @@ class BaseServer:
                         self._writing.append((writer, streams))
             self._is_idle.set()
 
-    def _answer_labels(self, classify: Classify, num_threads: int) -> None:
-        """Answer batches until none is left, or others want the engine; called on every forward thread."""
-        while batch := self._take(num_threads):
-            try:
-                self._answer(batch, classify)
-            finally:
-                with self._queue:
-                    self._num_busy -= 1
-                    self._queue.notify_all()
-            if self._must_yield():
-                break
-
-    def _take(self, num_threads: int) -> list[Pending]:
-        """This thread's share of what waits, or of what comes while others compute; nothing where it has to end."""
-        with self._queue:
-            while not len(self._labels):
-                if not self._num_busy or self._must_yield():
-                    return []
-                self._queue.wait()
-                if len(self._labels):  # others that come in the next moment share the batch
-                    self._queue.wait_for(self._must_yield, self._max_wait_s)
-            self._num_busy += 1
-            return self._labels.next_batch(num_threads - self._num_busy + 1)
-
-    def _must_yield(self) -> bool:
-        return self.engine.is_wanted or bool(self._writing) or len(self._texts) > 0
-
-    def _answer(self, batch: Sequence[Pending], classify: Classify) -> None:
-        # A caller that left needs no answer, and its adapter may be unbound by now.
-        batch = [pending for pending in batch if not pending.future.done()]
+    async def _answer(self, batch: Sequence[Pending]) -> None:
         works = [pending.work for pending in batch]
         if not works:
             return
         self._observe(batch)
         try:
             with self._metrics.batch_s.labels(self.engine.base.spec.model).time():
-                answers = classify(works)
-        except Exception as error:  # every caller must hear of it, and the thread must go on
+                answers = await self._in_thread(lambda: self.engine.classify(works))
+        except Exception as error:  # every caller must hear of it, and the loop must go on
             keys = dict.fromkeys(work.key for work in works)
             if len(keys) > 1:
                 # One adapter's failure is not the others': each is tried alone.
                 for key in keys:
-                    self._answer([pending for pending in batch if pending.work.key == key], classify)
+                    await self._answer([pending for pending in batch if pending.work.key == key])
                 return
             logger.exception("batch failed version=%s size=%d", works[0].key, len(works))
-            self._loop.call_soon_threadsafe(_deliver_error, batch, error)
+            for pending in batch:
+                _fail(pending.future, error)
             return
-        self._loop.call_soon_threadsafe(_deliver, batch, answers)
+        for pending, answer in zip(batch, answers, strict=True):
+            if not pending.future.done():
+                pending.future.set_result(answer)
 
     def _observe(self, batch: Sequence[Pending]) -> None:
-        base, now = self.engine.base.spec.model, self._loop.time()
+        base, now = self.engine.base.spec.model, asyncio.get_running_loop().time()
         self._metrics.batch_inputs.labels(base).observe(len(batch))
         self._metrics.batch_tasks.labels(base).observe(len({pending.work.key for pending in batch}))
         for pending in batch:
@@ -275,18 +241,7 @@ class BaseServer:
         return bool(writer.alive)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await self._loop.run_in_executor(self._thread, call)
-
-
-def _deliver(batch: Sequence[Pending], answers: Sequence[Answer]) -> None:
-    for pending, answer in zip(batch, answers, strict=True):
-        if not pending.future.done():
-            pending.future.set_result(answer)
-
-
-def _deliver_error(batch: Sequence[Pending], error: Exception) -> None:
-    for pending in batch:
-        _fail(pending.future, error)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
 
 def _fail(future: asyncio.Future[Answer], error: Exception) -> None:

@@ -25,7 +25,7 @@ class Batcher(Generic[T]):
         self._now = 0
         """Tokens that the last one in turn had; who comes back after a pause starts there."""
         self._joined = itertools.count()
-        self._num_waiting = self._tokens_waiting = 0
+        self._num_waiting = 0
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -37,16 +37,15 @@ class Batcher(Generic[T]):
             self._take_turn(key, max(self._now, self._tokens_had.get(key, 0)))
         self._queues[key].append((num_tokens, work))
         self._num_waiting += 1
-        self._tokens_waiting += num_tokens
 
-    def next_batch(self, num_shares: int = 1) -> list[T]:
-        """Take one of so many shares of what waits, up to the token budget, one piece per turn; at least one piece."""
+    def next_batch(self) -> list[T]:
+        """Take work up to the token budget, one piece per turn; at least one piece while any waits."""
         batch: list[T] = []
-        num_tokens, max_tokens = 0, min(self._max_tokens, -(-self._tokens_waiting // num_shares))
+        num_tokens = 0
         while self._turns:
             had, _, key = self._turns[0]
             queue = self._queues[key]
-            if batch and num_tokens + queue[0][0] > max_tokens:
+            if batch and num_tokens + queue[0][0] > self._max_tokens:
                 break
             heapq.heappop(self._turns)
             size, work = queue.popleft()
@@ -58,7 +57,6 @@ class Batcher(Generic[T]):
             else:
                 del self._queues[key]
         self._num_waiting -= len(batch)
-        self._tokens_waiting -= num_tokens
         if not self._queues:
             self._tokens_had.clear()  # nobody waits, so nobody is owed anything
             self._now = 0

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,24 +16,32 @@ import torch
 from torch import Tensor
 
 from multilora.artifact import AdapterArtifact, read_tensors
+from multilora.base_files import Family
 from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
 from multilora.scoring import (
+    PAD_MULTIPLE,
     SCORER_VERSION,
     LabelSet,
     ScoringRow,
     encode_labels,
+    pooled,
+    score_labels,
 )
+from multilora.segments import length_batches
 from multilora.target_modules import match_modules
 from serve.answer import Answer, answer_of, written
 from serve.canaries import check_canaries
-from serve.fair_lock import FairLock
-from serve.passes import Passes, num_tokens
+from serve.forward_threads import ForwardThreads
 from serve.slots import SlotTable
 from serve.writer import Progress, TextWork, Writer
 
+OVERHEAD_TOKENS = {"cpu": 32, "cuda": 8192}
+"""What one forward pass costs beside its tokens, in tokens."""
+MIN_SHARE_TOKENS = 64
+"""Less is not worth a forward pass of its own."""
 MAX_LABEL_SETS = 1024
 NO_LABELS = LabelSet((), None, ())
 """Of rows that are only read."""
@@ -56,10 +62,6 @@ class Work:
         return self.asked_as or self.key
 
 
-Score = Callable[[AdapterSlots, Sequence[ScoringRow]], list[list[float]]]
-Classify = Callable[[Sequence[Work]], list["Answer"]]
-
-
 @dataclass(frozen=True)
 class BoundAdapter:
     """An adapter that passed every check; its tensors stay in host memory when its slot is taken."""
@@ -77,12 +79,13 @@ class BoundAdapter:
 
 
 class Engine:
-    """One base, its slots, and the adapters bound to them. Thread-safe: one call at a time."""
+    """One base, its slots, and the adapters bound to them. Thread-safe: one forward pass at a time."""
 
     def __init__(self, base: FrozenBase, num_slots: int, max_rank: int, max_batch_tokens: int = 4096) -> None:
         """Wrap the base. Slots have room for `max_rank` at first; binding a larger adapter makes them grow."""
         self.base = base
-        self._passes = Passes(base, max_batch_tokens)
+        self._max_batch_tokens = max_batch_tokens
+        self._threads = ForwardThreads(base.device)
         self._num_slots = num_slots
         self.num_slot_loads = 0
         """How often an adapter was copied into a slot."""
@@ -90,9 +93,7 @@ class Engine:
         self._bound: dict[str, BoundAdapter] = {}
         # Versions of a task mostly have the same labels.
         self._labels = lru_cache(MAX_LABEL_SETS)(lambda prompt_format: encode_labels(self.base, self._slots, prompt_format))
-        self._lock = FairLock()
-        self._slot_lock, self._in_use = threading.Lock(), Counter[str]()
-        """Adapters that passes side by side use now: their slots stay theirs."""
+        self._lock = threading.Lock()
         self._writers: weakref.WeakSet[Writer] = weakref.WeakSet()
         """Whose adapters are the last to be evicted."""
 
@@ -128,7 +129,7 @@ class Engine:
                 if self._slots.num_modules(slot) != card.num_modules:
                     raise AdapterError(f"{key} changes {self._slots.num_modules(slot)} modules, its card says {card.num_modules}")
                 with torch.inference_mode():
-                    check_canaries(key, card, labels, slot, self.base, lambda rows: self._passes.scores(self._slots, rows))
+                    check_canaries(key, card, labels, slot, self.base, self._scores)
             except BaseException:
                 self._empty_slot(key)
                 raise
@@ -154,7 +155,7 @@ class Engine:
         bound = self.bound(work.asked)
         if bound.max_new_tokens:
             return len(work.prompt.token_ids) + bound.max_new_tokens
-        return num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, bound.labels))
+        return _num_tokens(self.base.family, ScoringRow(work.prompt.token_ids, None, bound.labels))
 
     def classify(self, works: Sequence[Work]) -> list[Answer]:
         """Answer requests of any mix of adapters, also free-text ones, in order; all or nothing.
@@ -163,41 +164,30 @@ class Engine:
         An adapter asked as another one needs that one bound, but not in a slot. RequestError unless both have labels.
         """
         with self._lock, torch.inference_mode():
-            limits = {key: self.bound(key).max_new_tokens for key in {work.key for work in works}}
-            texts = [index for index, work in enumerate(works) if limits[work.key]]
-            asked = [TextWork(works[i].key, works[i].prompt, limits[works[i].key]) for i in texts]
+            bound_of = {work.key: self.bound(work.key) for work in works}
+            labels_of = {key: self.bound(key).labels for key in {work.asked for work in works}}
+            if any(work.asked_as and not (labels_of[work.asked].names and bound_of[work.key].labels.names) for work in works):
+                raise RequestError("an adapter can be asked as another only where both have labels")
+            texts = [index for index, work in enumerate(works) if bound_of[work.key].max_new_tokens]
+            asked = [TextWork(works[i].key, works[i].prompt, bound_of[works[i].key].max_new_tokens) for i in texts]
             answers = dict(zip(texts, self._write(asked), strict=True))
-            labelled = [index for index in range(len(works)) if index not in answers]
-            found = self._choose([works[index] for index in labelled], self._num_slots, self._passes.scores)
-            answers |= zip(labelled, found, strict=True)
+            for wave in self._waves({index: work.key for index, work in enumerate(works) if index not in answers}):
+                keys = list(dict.fromkeys(works[index].key for index in wave))
+                slot_of = {key: self._resident_slot(bound_of[key], pinned=keys) for key in keys}
+                chosen = [(works[index], labels_of[works[index].asked]) for index in wave]
+                rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
+                for index, (work, labels), scores in zip(wave, chosen, self._scores(rows), strict=True):
+                    answers[index] = answer_of(
+                        work.key, labels, scores, work.prompt, bound_of[work.key].artifact.card.temperature
+                    )
         return [answers[index] for index in range(len(works))]
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether somebody waits for what runs now to end."""
-        return self._lock.is_wanted or self._passes.threads.is_wanted
-
-    def side_by_side(self, worker: Callable[[Classify, int], None]) -> None:
-        """Call `worker` on several threads at once until all have returned, with how to answer batches and how many they are.
-
-        Each answers batches of its own, of labels only and as `classify` does, on its share of the cores: none waits for
-        another. On a GPU it is one. Workers should return where the engine `is_wanted`.
-        """
-        number = min(self._passes.threads.number, self._num_slots)
-
-        def classify(works: Sequence[Work]) -> list[Answer]:
-            with torch.inference_mode():  # it is each thread's own
-                return self._choose(works, self._num_slots // number, self._passes.scores_here)
-
-        with self._lock:
-            self._passes.threads.run(lambda: worker(classify, number), number)
 
     def classify_zero_shot(self, prompt_format: PromptFormat, items: Sequence[Mapping[str, str]]) -> list[Answer]:
         """Let the base itself answer a task, as the baseline that an adapter must beat."""
         prompts = [encode_prompt(prompt_format, item, self.base.tokenizer) for item in items]
         with self._lock, torch.inference_mode():
             labels = self._labels(prompt_format)
-            scores = self._passes.scores(self._slots, [ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
+            scores = self._scores([ScoringRow(prompt.token_ids, None, labels) for prompt in prompts])
         return [answer_of("the base", labels, score, prompt, 1.0) for score, prompt in zip(scores, prompts, strict=True)]
 
     def write_zero_shot(
@@ -211,8 +201,10 @@ class Engine:
     def writers(self, works: Sequence[TextWork]) -> list[tuple[Writer, list[int]]]:
         """Make writers for texts, each of texts of like length, with the indices of its works."""
         made = []
-        for wave in self._waves({index: work.key for index, work in enumerate(works)}, self._num_slots):
-            for batch in self._passes.batches([len(works[i].prompt.token_ids) + works[i].max_new_tokens for i in wave]):
+        for wave in self._waves({index: work.key for index, work in enumerate(works)}):
+            for batch in self._batches(
+                [len(works[i].prompt.token_ids) + works[i].max_new_tokens for i in wave], self._max_batch_tokens
+            ):
                 indices = [wave[position] for position in batch]
                 made.append((Writer(self.base, [works[i] for i in indices]), indices))
         return made
@@ -228,8 +220,13 @@ class Engine:
         ids = [encode_prompt(text_alone, {"text": text}, self.base.tokenizer).token_ids for text in texts]
         # Some tokenizers make nothing of an empty text, which has no mean.
         rows = [ScoringRow(token_ids or (self.base.pad_id,), None, NO_LABELS) for token_ids in ids]
+        vectors_BH = torch.empty(len(rows), self.base.files.hidden_size)
         with self._lock, torch.inference_mode():
-            return self._passes.embed(self._slots, rows)
+            batches = self._shares([len(row.token_ids) for row in rows])
+            found = self._threads.map(lambda batch: pooled(self.base, self._slots, [rows[i] for i in batch]).cpu(), batches)
+            for batch, own_BH in zip(batches, found, strict=True):
+                vectors_BH[batch] = own_BH
+        return vectors_BH
 
     def bound(self, key: str) -> BoundAdapter:
         """The adapter of a key. Raises UnknownTaskError."""
@@ -243,7 +240,7 @@ class Engine:
         names = match_modules(self.base.model, "all-linear")
         return AdapterSlots(self.base.model, names, self._num_slots, max_rank), SlotTable(self._num_slots)
 
-    def _resident_slot(self, bound: BoundAdapter, pinned: Collection[str]) -> int:
+    def _resident_slot(self, bound: BoundAdapter, pinned: Sequence[str]) -> int:
         writing = {key for writer in self._writers for key in writer.keys}
         placement = self._table.assign(bound.key, pinned, spared=writing)
         if placement.must_load:
@@ -264,34 +261,14 @@ class Engine:
         if slot is not None:
             self._slots.clear(slot)
 
-    def _choose(self, works: Sequence[Work], max_adapters: int, scores_of: Score) -> list[Answer]:
-        """Answer works with labels, in passes of so many adapters at most."""
-        bound_of = {work.key: self.bound(work.key) for work in works}
-        labels_of = {key: self.bound(key).labels for key in {work.asked for work in works}}
-        if any(work.asked_as and not (labels_of[work.asked].names and bound_of[work.key].labels.names) for work in works):
-            raise RequestError("an adapter can be asked as another only where both have labels")
-        answers: dict[int, Answer] = {}
-        for wave in self._waves({index: work.key for index, work in enumerate(works)}, max_adapters):
-            chosen = [(works[index], labels_of[works[index].asked]) for index in wave]
-            with self._holding([bound_of[key] for key in dict.fromkeys(work.key for work, _ in chosen)]) as slot_of:
-                rows = [ScoringRow(work.prompt.token_ids, slot_of[work.key], labels) for work, labels in chosen]
-                scores = scores_of(self._slots, rows)
-            for index, (work, labels), own in zip(wave, chosen, scores, strict=True):
-                answers[index] = answer_of(work.key, labels, own, work.prompt, bound_of[work.key].artifact.card.temperature)
-        return [answers[index] for index in range(len(works))]
-
-    @contextmanager
-    def _holding(self, adapters: Sequence[BoundAdapter]) -> Iterator[dict[str, int]]:
-        """Put adapters into slots, which stay theirs for as long as the block lasts."""
-        keys = [bound.key for bound in adapters]
-        with self._slot_lock:
-            slot_of = {bound.key: self._resident_slot(bound, pinned={*keys, *self._in_use}) for bound in adapters}
-            self._in_use.update(keys)
-        try:
-            yield slot_of
-        finally:
-            with self._slot_lock:
-                self._in_use -= Counter(keys)
+    def _scores(self, rows: Sequence[ScoringRow]) -> list[list[float]]:
+        scores: list[list[float]] = [[]] * len(rows)
+        batches = self._shares([_num_tokens(self.base.family, row) for row in rows])
+        found = self._threads.map(lambda batch: score_labels(self.base, self._slots, [rows[i] for i in batch]), batches)
+        for batch, batch_scores in zip(batches, found, strict=True):
+            for index, row_scores in zip(batch, batch_scores, strict=True):
+                scores[index] = row_scores.tolist()
+        return scores
 
     def _write(self, works: Sequence[TextWork]) -> list[Answer]:
         """Write texts to their end."""
@@ -312,10 +289,25 @@ class Engine:
             self._writers.discard(writer)
         return progress
 
-    def _waves(self, key_of: Mapping[int, str | None], max_adapters: int) -> list[list[int]]:
-        """Cut works (index -> key) into groups of no more than so many adapters."""
+    def _waves(self, key_of: Mapping[int, str | None]) -> list[list[int]]:
+        """Cut works (index -> key) into groups of no more adapters than there are slots."""
         number_of = {key: number for number, key in enumerate(dict.fromkeys(key_of.values()))}
-        waves: list[list[int]] = [[] for _ in range(-(-len(number_of) // max_adapters))]
+        waves: list[list[int]] = [[] for _ in range(-(-len(number_of) // self._num_slots))]
         for index, key in key_of.items():
-            waves[number_of[key] // max_adapters].append(index)
+            waves[number_of[key] // self._num_slots].append(index)
         return waves
+
+    def _batches(self, lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+        device = self.base.device.type
+        return length_batches(lengths, max_tokens, OVERHEAD_TOKENS[device], PAD_MULTIPLE[device])
+
+    def _shares(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Batches for passes side by side, the most work first."""
+        share = max(MIN_SHARE_TOKENS, -(-sum(lengths) // self._threads.number))
+        batches = self._batches(lengths, min(self._max_batch_tokens, share))
+        return sorted(batches, key=lambda batch: -len(batch) * max(lengths[row] for row in batch))
+
+
+def _num_tokens(family: Family, row: ScoringRow) -> int:
+    # An encoder's label vectors cost nothing.
+    return len(row.token_ids) + (0 if family == "encoder" else row.labels.tree.num_nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -46,15 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # On a busy machine the threads of a tiny product wait for each other: 3 s a forward instead of 10 ms.
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """As on a machine of two cores, whose engines run two passes side by side."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -326,15 +326,15 @@ async def test_full_queue_is_429_with_retry_after_and_loses_nothing(crown, servi
         server = server_of(replica, "cards")
         with engine_held(replica, CARDS):
             first = asyncio.create_task(ask(client, CARDS, TEXTS[:1]))
-            await until(lambda: server.num_waiting == 1)
-            second = asyncio.create_task(ask(client, CARDS, TEXTS[:3]))
+            await until(lambda: replica._store.num_in_use == 1 and server.num_waiting == 0)
+            second = asyncio.create_task(ask(client, CARDS, TEXTS[:4]))
             await until(lambda: server.num_waiting == 4)
             third = await ask(client, CARDS, TEXTS[:1])
             error = error_of(third, 429)
             assert (error["message"], error["code"]) == ("4 inputs are waiting; retry in a second", "overloaded")
             assert third.headers["retry-after"] == "1"
         assert_probabilities(await first, expected(CARDS_1, TEXTS[:1]))
-        assert_probabilities(await second, expected(CARDS_1, TEXTS[:3]))
+        assert_probabilities(await second, expected(CARDS_1, TEXTS[:4]))
         assert_probabilities(await ask(client, CARDS, TEXTS[:4]), expected(CARDS_1, TEXTS[:4]))
         assert replica._store.num_in_use == 0
 

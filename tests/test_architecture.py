@@ -12,7 +12,7 @@ FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_hash spec_files prompt base_files base_layers base_model "
     "target_modules routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
     "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries answer "
-    "fair_lock forward_threads passes engine pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger "
+    "forward_threads engine pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger "
     "replica models_api openai_schema openai_ask openai_api web_page app vllm_backend",
     "orchestrator": "config files metrics calibration batching schedule power dataset plain_baselines demonstrations gates "
     "cluster_size room plan search prepare state paired methods learning_curve eval_report comparison judge "

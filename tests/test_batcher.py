@@ -43,16 +43,6 @@ def test_work_over_the_budget_goes_alone():
     assert drained(batcher) == [["long"], ["full"], ["short"]]
 
 
-def test_threads_that_are_idle_share_what_waits():
-    batcher = filled(1000, *[("a", n) for n in range(6)], *[("b", n) for n in range(3)])
-    shares = [batcher.next_batch(num_shares) for num_shares in (3, 2, 1)]
-    assert shares == [[("a", 0), ("b", 0), ("a", 1)], [("b", 1), ("a", 2), ("b", 2)], [("a", 3), ("a", 4), ("a", 5)]]
-    batcher.add("c", 400, ("c", 0))
-    assert batcher.next_batch(8) == [("c", 0)]  # one piece at least
-    small = filled(20, *[("a", n) for n in range(9)])
-    assert small.next_batch(2) == [("a", 0), ("a", 1)]  # the budget holds, too
-
-
 def test_flood_of_one_adapter_delays_another_by_one_batch_at_most():
     batcher = filled(50, *[("flood", n) for n in range(1000)])
     for round_ in range(20):

@@ -211,18 +211,11 @@ async def test_a_challenger_in_shadow_waits_until_nobody_else_does(crown, challe
         await replica.sync()
         server = server_of(replica, "cards")
         asked = []
-        side_by_side = server.engine.side_by_side
-
-        def watched(worker):
-            def call(classify, num_threads):
-                worker(lambda works: asked.extend(work.key for work in works) or classify(works), num_threads)
-
-            side_by_side(call)
-
-        server.engine.side_by_side = watched
+        classify = server.engine.classify
+        server.engine.classify = lambda works: asked.extend(work.key for work in works) or classify(works)
         with engine_held(replica, CARDS):
             first = asyncio.create_task(ask(client, CARDS, MANY[:2]))
-            await until(lambda: server.num_waiting == 2)
+            await until(lambda: replica._store.num_in_use == 1 and server.num_waiting == 0)
             others = [asyncio.create_task(ask(client, test_app.MOOD, TEXTS)) for _ in range(3)]
             await until(lambda: replica._store.num_in_use == 4)
         assert_probabilities(await first, expected(CARDS_1, MANY[:2]))

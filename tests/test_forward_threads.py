@@ -15,6 +15,14 @@ from serve.engine import Engine
 from serve.forward_threads import ForwardThreads
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_results_are_in_order_and_threads_are_given_back(two_threads):
     weight = torch.ones(2, 2, requires_grad=True)
     threads = ForwardThreads(torch.device("cpu"))
