@@ -40,6 +40,8 @@ from serve.schema import (
 from serve.web_page import add_page
 
 APP_NAME = "adapters"
+REPLICA_ENV = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""One event loop in a replica: two would hand every request to each other, and take turns with the forward passes."""
 
 
 def build_app(replica: Replica, door: Doorkeeper, config: ServeConfig) -> FastAPI:
@@ -179,7 +181,7 @@ def serve_application(config: ServeConfig, num_replicas: tuple[int, int], num_cp
         "downscale_delay_s": config.downscale_delay_s,
     }
     options: dict[str, Any] = {"num_replicas": least} if most == least else {"autoscaling_config": scaling}
-    env = {FOLDER_VARIABLE: str(config.metrics_dir)} if config.metrics_dir else {}
+    env = REPLICA_ENV | ({FOLDER_VARIABLE: str(config.metrics_dir)} if config.metrics_dir else {})
     actor = {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
     deployment: Any = EngineReplica
     return deployment.options(**options, ray_actor_options=actor).bind(config)

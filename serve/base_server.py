@@ -26,6 +26,8 @@ from serve.writer import TextWork, Writer
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+GATHER_SHARE = 0.3
+"""Of the last batch's time, for which requests that come one after the other may hold up the next batch."""
 MAX_WRITERS = 8
 """Batches of texts that take turns; further texts wait, so that they are written together."""
 
@@ -110,6 +112,8 @@ class BaseServer:
         self._writing: deque[tuple[Writer, Sequence[TextStream]]] = deque()
         """Writers in turn, with the streams of their rows."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._last_batch_s = 0.0
+        """What the last batch of labels took."""
         self._is_awake, self._is_idle = asyncio.Event(), asyncio.Event()
         self._is_idle.set()
         self._loop_task = asyncio.create_task(self._run())
@@ -178,16 +182,33 @@ class BaseServer:
                     self._writing.popleft()
                     if goes_on:
                         self._writing.append((writer, streams))
+                else:
+                    await self._gather()
             self._is_idle.set()
+
+    async def _gather(self) -> None:
+        """Wait while requests come one after the other, a share of the last batch's time at most.
+
+        Sending answers and reading requests hold Python's lock, which a forward pass needs between two products: a batch
+        that begins among them took twice as long.
+        """
+        clock, seen = asyncio.get_running_loop().time, -1
+        deadline = clock() + GATHER_SHARE * self._last_batch_s
+        while seen != len(self._labels) and clock() + self._max_wait_s < deadline:
+            seen = len(self._labels)
+            await asyncio.sleep(self._max_wait_s)
 
     async def _answer(self, batch: Sequence[Pending]) -> None:
         works = [pending.work for pending in batch]
         if not works:
             return
         self._observe(batch)
+        clock = asyncio.get_running_loop().time
         try:
             with self._metrics.batch_s.labels(self.engine.base.spec.model).time():
+                started = clock()
                 answers = await self._in_thread(lambda: self.engine.classify(works))
+                self._last_batch_s = clock() - started
         except Exception as error:  # every caller must hear of it, and the loop must go on
             keys = dict.fromkeys(work.key for work in works)
             if len(keys) > 1:
