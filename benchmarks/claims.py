@@ -179,6 +179,18 @@ def _time(ratios: Sequence[float]) -> str:
     return f"takes {mean:.2f} of its time ({judged(1 - mean, p)}, Wilcoxon test over tasks: p = {p:.3f})"
 
 
+def means(all_found: Sequence[MethodComparison]) -> tuple[tuple[str, ...], ...]:
+    """Mean accuracy over tasks of every method that ran on all of them, the best first; headings first."""
+    ran: dict[tuple[str, str], list[float]] = {}
+    for found in all_found:
+        for one in found.ran(*CLAIMED, "baselines"):
+            size = str(one.num_train) if one.part == "curve" and one.num_train < found.order.num_train else ""
+            ran.setdefault((one.part, f"{one.method} {size and f'with {size} examples'}".strip()), []).append(one.accuracy)
+    everywhere = {key: values for key, values in ran.items() if len(values) == len(all_found)}
+    ordered = sorted(everywhere, key=lambda key: -statistics.fmean(everywhere[key]))
+    return (("part", "method", "mean accuracy"), *((*key, share(statistics.fmean(everywhere[key]))) for key in ordered))
+
+
 def interval(gap: Difference) -> str:
     """A difference with its 95 % interval."""
     return f"{signed_share(gap.value)} ({signed_share(gap.low)} to {signed_share(gap.high)})"
@@ -188,11 +200,15 @@ def as_markdown(verdicts: Sequence[Verdict], all_found: Sequence[MethodCompariso
     """The claims, then every comparison whole."""
     parts = [INTRODUCTION]
     for number, verdict in enumerate(verdicts, start=1):
-        head, *rows = verdict.table
-        lines = ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
-        parts += [f"## Claim {number}: {verdict.claim}", verdict.finding, "\n".join(lines)]
+        parts += [f"## Claim {number}: {verdict.claim}", verdict.finding, _table(verdict.table)]
+    parts += ["## Means over the tasks", _table(means(all_found))]
     parts += ["## Every method on every task", *(markdown(found).strip() for found in all_found)]
     return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *others = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *others))
 
 
 def load(workspaces: Iterable[Path]) -> list[MethodComparison]:
