@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args
 
-from orchestrator.methods import MethodRow, Part, Summary, summarise
+from orchestrator.methods import AS_IN_FILE, MethodRow, Part, Summary, summarise
 from orchestrator.paired import tango_interval
 
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -100,13 +100,14 @@ class MethodComparison:
 
     @cached_property
     def own(self) -> Summary | None:
-        """The adapter that the others are held against: of the curve with all examples, else the first variant.
+        """The adapter that the others are held against: of the curve with all examples, else the variant as in the task file.
 
         It is named before anybody looks at an accuracy, so that it is not the luckiest of many.
         """
         for part in WITH_ADAPTERS:
             if ran := self.ran(part):
-                return max((one for one in ran if one.method == ran[0].method), key=lambda one: one.num_train)
+                first = next((one for one in ran if one.note == AS_IN_FILE), ran[0])
+                return max((one for one in ran if one.method == first.method), key=lambda one: one.num_train)
         return None
 
     def best(self, *parts: Part) -> Summary | None:

@@ -22,6 +22,8 @@ Part = Literal["baselines", "prompting", "variants", "alone", "curve", "merged"]
 ENGINE, SWITCHED, MERGED = "unmerged in the engine", "switched by PEFT", "merged into the base"
 """Ways to run one adapter, each in both paces: a method of part "merged" is called `<way>, <pace>`."""
 PACES = ("batched", "one by one")
+AS_IN_FILE = "as in the task file"
+"""Note of the variant that is the task's own adapter."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from multilora.base_model import FrozenBase
 from multilora.prompt import PromptFormat, label_wordings
 from multilora.spec import TaskSpec, alpha_divisor, template_fields
 from multilora.spec_hash import spec_hash
-from orchestrator.methods import Bench, MethodRow
+from orchestrator.methods import AS_IN_FILE, Bench, MethodRow
 from orchestrator.train_together import Entry, OnEvent, ignore, train_together
 
 RANKS = (1, 4, 8, 16, 64)
@@ -61,7 +61,7 @@ def variants_of(spec: TaskSpec, family: Family, num_layers: int) -> list[Variant
     wordings = _label_variants(spec) if family == "encoder" else _wording_variants(spec)
     own = spec_hash(spec)
     return [
-        Variant(v.method, v.spec, "as in the task file" if spec_hash(v.spec) == own else v.note, v.label_of, v.asked, v.skipped)
+        Variant(v.method, v.spec, AS_IN_FILE if spec_hash(v.spec) == own else v.note, v.label_of, v.asked, v.skipped)
         for v in (*_rank_variants(spec), *_place_variants(spec, num_layers), *wordings)
     ]
 

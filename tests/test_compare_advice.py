@@ -1,12 +1,14 @@
 """What a comparison says to do: cases worked by hand, and never "better" with zero inside the interval."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from made_up_methods import GOLD, comparison, curve, row
 
 from orchestrator.compare_advice import advise
 from orchestrator.compare_result import difference
+from orchestrator.methods import AS_IN_FILE
 from orchestrator.paired import tango_interval
 from orchestrator.report_words import MINUS, signed_share
 
@@ -113,11 +115,13 @@ def test_where_nothing_ran_the_reasons_are_said():
     assert advise(comparison()).text == "Nothing could be compared: no part gave a row."
 
 
-def test_without_a_curve_the_first_variant_is_the_adapter():
-    first, luckier = row("variants", "rank 8", range(150), 400), row("variants", "rank 16", range(160), 400)
-    found = comparison(first, luckier, ZERO_SHOT)
+def test_without_a_curve_the_variant_as_in_the_task_file_is_the_adapter():
+    variants = [row("variants", f"rank {rank}", range(140 + rank), 400) for rank in (1, 8, 16)]
+    variants[1] = replace(variants[1], note=AS_IN_FILE)
+    found = comparison(*variants, ZERO_SHOT)
     assert found.own.method == "rank 8"
-    assert advise(found).headline.startswith("Train an adapter: .750 with 400 examples")
+    assert advise(found).headline.startswith("Train an adapter: .740 with 400 examples")
+    assert comparison(variants[0], variants[2]).own.method == "rank 1"  # where that one could not be trained
 
 
 # More labels
