@@ -179,11 +179,11 @@ def _time(ratios: Sequence[float]) -> str:
     return f"takes {mean:.2f} of its time ({judged(1 - mean, p)}, Wilcoxon test over tasks: p = {p:.3f})"
 
 
-def means(all_found: Sequence[MethodComparison]) -> tuple[tuple[str, ...], ...]:
-    """Mean accuracy over tasks of every method that ran on all of them, the best first; headings first."""
+def means(all_found: Sequence[MethodComparison], *parts: Part) -> tuple[tuple[str, ...], ...]:
+    """Mean accuracy over tasks of every method of these parts that ran on all of them, the best first; headings first."""
     ran: dict[tuple[str, str], list[float]] = {}
     for found in all_found:
-        for one in found.ran(*CLAIMED, "baselines"):
+        for one in found.ran(*parts):
             size = str(one.num_train) if one.part == "curve" and one.num_train < found.order.num_train else ""
             ran.setdefault((one.part, f"{one.method} {size and f'with {size} examples'}".strip()), []).append(one.accuracy)
     everywhere = {key: values for key, values in ran.items() if len(values) == len(all_found)}
@@ -197,11 +197,15 @@ def interval(gap: Difference) -> str:
 
 
 def as_markdown(verdicts: Sequence[Verdict], all_found: Sequence[MethodComparison]) -> str:
-    """The claims, then every comparison whole."""
+    """The claims, means, then every comparison whole."""
     parts = [INTRODUCTION]
     for number, verdict in enumerate(verdicts, start=1):
         parts += [f"## Claim {number}: {verdict.claim}", verdict.finding, _table(verdict.table)]
-    parts += ["## Means over the tasks", _table(means(all_found))]
+    for kinds in (("baselines", *sorted(CLAIMED)), ("variants",)):
+        finished = [found for found in all_found if set(found.finished) >= set(kinds)]
+        if finished:
+            heading = f"## Means over {len(finished)} tasks: {', '.join(kinds)}"
+            parts += [heading, _table(means(finished, *kinds))]
     parts += ["## Every method on every task", *(markdown(found).strip() for found in all_found)]
     return "\n\n".join(parts) + "\n"
 
