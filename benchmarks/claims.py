@@ -239,7 +239,7 @@ within a table, and only roughly.
 
     python benchmarks/public_tasks.py FOLDER
     orchestrator compare TASK.yaml --parts baselines,prompting,alone,curve --sizes 25,100,200      # for each of the eight
-    orchestrator compare TASK.yaml --parts variants,merged --quick                                 # one seed
+    orchestrator compare TASK.yaml --parts variants,merged --quick                                 # one seed, six tasks
     python benchmarks/claims.py WORKSPACE... > docs/evidence.md
 
 What a reader must know:
