@@ -6,7 +6,7 @@ Dims: B rows, T input positions, U target positions.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ PAD, EOS, IGNORED = 0, 1, -100
 SPAN_INPUT_TOKENS = 128
 INPUT_LENGTHS = (32, 64, 96, 128, 192, 256)
 TARGET_LENGTHS = (8, 32, 64)
-EXAMPLES_IN_CHUNK = 1024
+LEAST_EXAMPLES_IN_CHUNK = 1024
+"""At least so many, and half the tokens of a batch: sorted by length, most batches are then full."""
 SPAN_BATCHES_IN_CHUNK = 16
 
 
@@ -70,7 +71,8 @@ class InstructionChunks(Dataset[list[Batch]]):
 
     def __getitem__(self, number: int) -> list[Batch]:
         rng = random.Random(f"{self.seed} instructions {number}")
-        encoded = [row for _ in range(EXAMPLES_IN_CHUNK) if (row := encode(self.mixture.draw(rng), self.tokenizer))]
+        num_examples = max(LEAST_EXAMPLES_IN_CHUNK, self.batch_tokens // 2)
+        encoded = [row for _ in range(num_examples) if (row := encode(self.mixture.draw(rng), self.tokenizer))]
         batches = []
         for width in TARGET_LENGTHS:
             narrower = [other for other in TARGET_LENGTHS if other < width]
@@ -97,8 +99,8 @@ def encode(drawn: Drawn, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]] 
 
 def padded(kind: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], num_rows: int, length: int, width: int) -> Batch:
     """Write rows into one shape; missing rows hold an end token that no target belongs to."""
-    ids_BT = np.full((num_rows, length), PAD, dtype=np.int64)
-    targets_BU = np.full((num_rows, width), IGNORED, dtype=np.int64)
+    ids_BT = np.full((num_rows, length), PAD, dtype=np.int32)
+    targets_BU = np.full((num_rows, width), IGNORED, dtype=np.int32)
     ids_BT[len(rows) :, 0] = EOS
     for index, (source, target) in enumerate(rows):
         ids_BT[index, : len(source)] = source
@@ -108,11 +110,14 @@ def padded(kind: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], num_r
 
 
 def stream(chunks: Dataset[list[Batch]], position: tuple[int, int], num_loaders: int) -> Iterator[tuple[Batch, tuple[int, int]]]:
-    """Give batches from (chunk, batch in chunk) on, each with the position that follows it."""
-    chunk, start = position
-    numbers = range(chunk, chunk + 10_000_000)
+    """Give batches from (chunk, batch in chunk) on, each with the position that follows it; loaders start at once."""
+    numbers = range(position[0], position[0] + 10_000_000)
     loader = DataLoader(chunks, batch_size=None, sampler=numbers, num_workers=num_loaders, collate_fn=_as_it_is)
-    for number, batches in zip(numbers, loader, strict=False):
+    return _batches(zip(numbers, iter(loader), strict=False), position[1])
+
+
+def _batches(chunks: Iterable[tuple[int, list[Batch]]], start: int) -> Iterator[tuple[Batch, tuple[int, int]]]:
+    for number, batches in chunks:
         for index in range(start, len(batches)):
             is_last = index + 1 == len(batches)
             yield batches[index], (number + 1, 0) if is_last else (number, index + 1)

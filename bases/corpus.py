@@ -21,7 +21,7 @@ from transformers import T5Tokenizer
 
 Ids = NDArray[np.int64]
 
-SHARES = {"literature_gutenberg": 0.15, "medquad": 0.3, "dialogue_sgd": 0.6, "us_presidents": 0.5}
+SHARES = {"literature_gutenberg": 0.25, "medquad": 0.3, "dialogue_sgd": 0.6, "us_presidents": 0.5}
 """Part of a file's lines that is read, where it is not all of them: old novels are 61 % of the corpus, medquad is formulaic."""
 NUM_SENTINELS = 100
 VOCAB_SIZE = 12288

@@ -94,12 +94,12 @@ def label_scores(
 ) -> list[Tensor]:
     """Log-likelihood of each row's labels [L]; every prompt is encoded once."""
     length = next(choice for choice in INPUT_LENGTHS if choice >= max(map(len, prompts)))
-    ids_BT = padded("judged", [(prompt, ()) for prompt in prompts], len(prompts), length, 1).ids_BT.to(model.device)
+    ids_BT = padded("judged", [(prompt, ()) for prompt in prompts], len(prompts), length, 1).ids_BT.to(model.device).long()
     mask_BT = (ids_BT != model.config.pad_token_id).long()
     hidden_BTH = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
     pairs = [((), answer) for row_answers in answers for answer in row_answers]
     width = next(choice for choice in TARGET_LENGTHS if choice >= max(len(answer) for _, answer in pairs))
-    targets_PU = padded("judged", pairs, len(pairs), 1, width).targets_BU.to(model.device)
+    targets_PU = padded("judged", pairs, len(pairs), 1, width).targets_BU.to(model.device).long()
     counts = torch.tensor([len(row_answers) for row_answers in answers], device=model.device)
     of_row_P = torch.arange(len(answers), device=model.device).repeat_interleave(counts)
     logits_PUV = model(

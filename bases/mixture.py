@@ -11,10 +11,11 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bases.teacher import Matches
 from bases.wordings import (
     ANY_QUESTIONS,
     BARE_FRAMES,
@@ -41,11 +42,12 @@ FAMILY_WEIGHTS = {"super-ni": 0.4, "grammar": 0.1, "bbh": 0.1, "reading": 0.3, "
                   "dialogue": 1.5, "intent": 2.0, "lexical": 1.0, "sentiment": 4.0, "linguistic": 1.0, "topic": 2.0,
                   "science": 1.0, "discourse": 0.5}  # fmt: skip
 """How often a family's tasks are drawn, times the square root of their rows: grammar and puzzles have many tasks."""
+LABELLING = ("intent", "dialogue", "topic", "sentiment", "science", "discourse")
 OPEN_ENDED_WEIGHT = 0.25
 MAX_INPUT_CHARACTERS = 900
 MAX_QUESTION_CHARACTERS = 240
 MAX_ANSWER_CHARACTERS = 160
-SHARE_OF_KIND = {"rows": 0.6, "gloss": 0.2, "blank": 0.12, "opinion": 0.08}
+SHARE_OF_KIND = {"rows": 0.5, "gloss": 0.14, "blank": 0.08, "opinion": 0.08, "match": 0.2}
 SHARE_WITHOUT_LABELS = 0.08
 SHARE_RENAMED, SHARE_MEANT, SHARE_SYNONYMS, SHARE_RESTYLED = 0.15, 0.15, 0.5, 0.2
 MAX_LABELS = 20
@@ -108,10 +110,14 @@ class Mixture:
     blames: Sequence[str]
     words: Sequence[str]
     """Frequent words with content, which fill blanks and name labels."""
+    matches: Matches = field(default_factory=Matches)
+    """Sentences and the phrases that fit them; without any, the other kinds share their part."""
 
     def draw(self, rng: random.Random) -> Drawn:
         """Draw and word one example."""
-        kind = _weighted(rng, tuple(SHARE_OF_KIND.items()))
+        kind = _weighted(rng, tuple(share for share in SHARE_OF_KIND.items() if share[0] != "match" or self.matches.rows))
+        if kind == "match":
+            return draw_match(self.matches, self.words, rng)
         if kind == "gloss":
             return draw_gloss(self.glosses, self.words, rng)
         if kind == "blank":
@@ -164,6 +170,21 @@ def draw_opinion(praises: Sequence[str], blames: Sequence[str], words: Sequence[
     return _worded(rng, "sentiment", rng.choice((praises, blames)[index]), labels, labels[index][0])
 
 
+def draw_match(matches: Matches, words: Sequence[str], rng: random.Random) -> Drawn:
+    """Ask which phrase fits a sentence; the others are far from it, or near but worse."""
+    row = rng.choice(matches.rows)
+    others = {*rng.sample(row.near, min(len(row.near), rng.randint(0, 3))),
+              *(rng.randrange(len(matches.phrases)) for _ in range(rng.randint(1, 12)))}  # fmt: skip
+    gold = matches.phrases[rng.choice(row.fitting)]
+    phrases = [*(matches.phrases[place] for place in sorted(others - set(row.fitting))), gold]
+    if rng.random() < SHARE_RENAMED:  # the label says nothing, only its meaning does
+        phrases = phrases[-6:]
+        tags = _names_without_meaning(rng, len(phrases), words)
+        return _worded(rng, "match", row.text, list(zip(tags, phrases, strict=True)), tags[-1])
+    style = rng.choice(STYLES) if rng.random() < SHARE_RESTYLED else str
+    return _worded(rng, "match", row.text, [(label, "") for label in dict.fromkeys(map(style, phrases))], style(gold))
+
+
 def word_row(task: Task, row: Mapping[str, Any], words: Sequence[str], rng: random.Random) -> Drawn:
     """Word one row of the instruction files."""
     text, answer, options = row["input"].strip(), row["output"].strip(), row["options"]
@@ -206,9 +227,12 @@ def read_mixture(data: Path, texts: Mapping[str, Sequence[str]], is_clean: Calla
                 rows[row["task"]].append(row)
     words = _frequent_words([line for lines in texts.values() for line in lines[:6000]])
     sentences = [sentence for name, lines in texts.items() for line in lines[:12_000] if name != "wordnet_glosses"
-                 for sentence in _sentences(line)]  # fmt: skip
+                 for sentence in split_sentences(line)]  # fmt: skip
     opinions = [
-        (sentence, _polarity(sentence)) for name in OPINIONATED for line in texts.get(name, ()) for sentence in _sentences(line)
+        (sentence, _polarity(sentence))
+        for name in OPINIONATED
+        for line in texts.get(name, ())
+        for sentence in split_sentences(line)
     ]
     return Mixture(
         tasks=[_with_weight(tasks[name], len(rows[name])) for name in sorted(rows)],
@@ -225,6 +249,12 @@ def read_tasks(data: Path) -> dict[str, Task]:
     """Read all tasks, those that are never trained on included."""
     found = json.loads((data / "instructions" / "tasks.json").read_text(encoding="utf-8"))
     return {name: Task(name, task["family"], tuple(task["instructions"]), task["kind"], 0.0) for name, task in found.items()}
+
+
+def label_counts(mixture: Mixture) -> Counter[str]:
+    """Count the options of the tasks whose options name what a text is about."""
+    families = {task.name: task.family for task in mixture.tasks if task.family in LABELLING}
+    return Counter(option for name in families for row in mixture.rows[name] for option in row["options"] or ())
 
 
 def _with_weight(task: Task, num_rows: int) -> Task:
@@ -332,7 +362,8 @@ def _frequent_words(lines: Sequence[str]) -> list[str]:
     return [word for word, _ in counts.most_common(NUM_KNOWN)]
 
 
-def _sentences(line: str) -> list[str]:
+def split_sentences(line: str) -> list[str]:
+    """Cut a line of the corpus at the ends of sentences; too short and too long ones are dropped."""
     return [part for part in re.split(r"(?<=[.?!]) +", line) if 25 <= len(part) <= 220 and not GLOSS.match(part)]
 
 

@@ -3,8 +3,9 @@
     python bases/pretrain.py --data DIR --out DIR --minutes 115
 
 The same command goes on where it was killed. What happens, in order: read the text and drop what overlaps with the judging
-tasks; train a tokenizer; count first word vectors; train by span corruption alone, then mostly on instructions, with a
-learning rate that is zero when the minutes end; export. On a GPU it computes in bf16, on a CPU in float32. Beside
+tasks; train a tokenizer; let a sentence encoder say which phrases fit which sentences; count first word vectors; train by
+span corruption alone, then mostly on instructions, with a learning rate that is zero when the minutes end; export. On a GPU
+it computes in bf16, on a CPU in float32. Beside
 other work on the same cores set OMP_WAIT_POLICY=passive: threads that wait by spinning took three quarters of the speed.
 """
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,34 +33,43 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, 
 
 from bases.corpus import encode_lines, mixed_lines, read_texts, save_array, train_tokenizer
 from bases.heldout import Heldout
-from bases.mixture import Mixture, read_mixture
+from bases.mixture import Mixture, label_counts, read_mixture, split_sentences
 from bases.overlap import JudgingTexts
+from bases.teacher import TEACHER, Matches, choose_phrases, choose_sentences, label_sentences
 from bases.training import MINI, SMALL, Prepared, Settings, Show, Training
 
 
-def prepare(settings: Settings, say: Callable[[str], None]) -> Prepared:
-    """Read the data, drop what overlaps, train the tokenizer and tokenise; what takes long is kept in `out`."""
-    folder, tokens_file = settings.out / "tokenizer", settings.out / "tokens.npy"
-    is_resumed = tokens_file.exists()  # it is written last: what stands beside it is then whole
-    texts, mixture = read_clean(settings, say, is_resumed)
+def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepared:
+    """Read the data, drop what overlaps, train the tokenizer, tokenise and ask the teacher; what takes long is kept in `out`."""
+    folder, tokens_file, matches_file = (settings.out / name for name in ("tokenizer", "tokens.npy", "matches.json.xz"))
+    texts, mixture = read_clean(settings, say)
     lines = mixed_lines(texts, settings.seed)
-    if not is_resumed:
+    if not folder.exists():
         say(f"training a tokenizer on {len(lines)} lines")
-        train_tokenizer(lines, settings.size.vocab_size).save_pretrained(folder)
+        partial = folder.with_suffix(".partial")
+        train_tokenizer(lines, settings.size.vocab_size).save_pretrained(partial)
+        os.replace(partial, folder)
     tokenizer = T5Tokenizer.from_pretrained(folder)
-    if not is_resumed:
+    if not tokens_file.exists():
         save_array(encode_lines(tokenizer, lines), tokens_file)
     tokens = np.load(tokens_file, mmap_mode="r")
     say(f"{len(tokens) / 1e6:.1f}M tokens of text, {len(tokens) / sum(len(line.split()) for line in lines):.2f} a word")
+    if not matches_file.exists() and settings.num_matches:
+        sentences = choose_sentences(texts, split_sentences, settings.num_matches, settings.seed)
+        phrases = choose_phrases(label_counts(mixture), mixture.words)
+        say(f"matching {len(sentences)} sentences with {len(phrases)} phrases by {TEACHER}")
+        label_sentences(sentences, phrases, settings.seed, show).write(matches_file)
+    mixture = replace(mixture, matches=Matches.read(matches_file))
     return Prepared(tokenizer, tokens, mixture, Heldout.read(settings.data, settings.heldout_rows))
 
 
-def read_clean(settings: Settings, say: Callable[[str], None], is_resumed: bool) -> tuple[dict[str, list[str]], Mixture]:
+def read_clean(settings: Settings, say: Callable[[str], None]) -> tuple[dict[str, list[str]], Mixture]:
     """Read corpus and instructions without what shares text with the judging tasks; overlap.json says how much that was."""
     report = settings.out / "overlap.json"
-    dropped: list[str] = json.loads(report.read_text(encoding="utf-8"))["dropped"] if is_resumed else []
+    is_known = report.exists()
+    dropped: list[str] = json.loads(report.read_text(encoding="utf-8"))["dropped"] if is_known else []
     known = frozenset(dropped)
-    tests = JudgingTexts(frozenset(), frozenset(), 0) if is_resumed else JudgingTexts.read(settings.data)
+    tests = JudgingTexts(frozenset(), frozenset(), 0) if is_known else JudgingTexts.read(settings.data)
 
     def is_clean(text: str) -> bool:
         if text in known:
@@ -70,11 +81,11 @@ def read_clean(settings: Settings, say: Callable[[str], None], is_resumed: bool)
 
     texts = read_texts(settings.data, settings.corpus_part, settings.seed)
     num_lines = sum(map(len, texts.values()))
-    if known or not is_resumed:
+    if known or not is_known:
         texts = {name: [line for line in lines if is_clean(line)] for name, lines in texts.items()}
     num_lines_dropped = len(dropped)
     mixture = read_mixture(settings.data, texts, is_clean)
-    if not is_resumed:
+    if not is_known:
         counts = {"test_texts": tests.num_texts, "corpus_lines": num_lines, "corpus_lines_dropped": num_lines_dropped,
                   "instruction_rows": sum(map(len, mixture.rows.values())),
                   "instruction_rows_dropped": len(dropped) - num_lines_dropped}  # fmt: skip
@@ -123,18 +134,21 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument(
         "--instructions-share", type=float, default=Settings.instructions_share, help="part of the batches after that"
     )
+    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="learning rate of the layers' matrices")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="relative to a tensor's first values")
     parser.add_argument("--batch-tokens", type=int, default=65536 if is_gpu else 2048)
     parser.add_argument("--loaders", type=int, default=8 if is_gpu else 0, help="processes that prepare batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--matches", type=int, help="sentences of the text that the teacher labels (0: none)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     part = given.corpus_part or (0.05 if given.small else 1.0)
+    num_matches = (1000 if given.small else 200_000) if given.matches is None else given.matches
     return Settings(
         data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, corpus_part=part,
         steps=given.steps, spans_until=given.spans_until, instructions_share=given.instructions_share,
-        learning_rate=given.learning_rate, batch_tokens=given.batch_tokens, seed=given.seed, num_loaders=given.loaders,
-        compile=given.compile,
+        matrix_rate=given.matrix_rate, learning_rate=given.learning_rate, batch_tokens=given.batch_tokens, seed=given.seed,
+        num_loaders=given.loaders, compile=given.compile, num_matches=num_matches,
     )  # fmt: skip
 
 
@@ -144,7 +158,7 @@ def main() -> None:
     settings = settings_of()
     settings.out.mkdir(parents=True, exist_ok=True)
     with shown_progress() as (say, show):
-        prepared = prepare(settings, say)
+        prepared = prepare(settings, say, show)
         training = Training(settings, prepared, say, show, started=started)
         say(f"{training.model.num_parameters() / 1e6:.1f}M parameters on {training.device}")
         training.run()

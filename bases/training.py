@@ -6,7 +6,6 @@ Dims: V vocabulary, H hidden, B rows, T input positions, U target positions.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerSelfAttention
 
 from bases.batches import EOS, PAD, Batch, InstructionChunks, SpanChunks, stream
 from bases.corpus import VOCAB_SIZE, sentinel_id, word_vectors
@@ -45,7 +45,7 @@ class Size:
     vocab_size: int
 
 
-MINI = Size(d_model=256, d_ff=640, num_layers=4, num_decoder_layers=2, num_heads=4, vocab_size=VOCAB_SIZE)
+MINI = Size(d_model=384, d_ff=960, num_layers=6, num_decoder_layers=2, num_heads=6, vocab_size=VOCAB_SIZE)
 SMALL = Size(d_model=128, d_ff=320, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=4096)
 
 
@@ -60,12 +60,14 @@ class Settings:
     corpus_part: float = 1.0
     steps: int | None = None
     """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
-    spans_until: float = 0.15
+    spans_until: float = 0.3
     """Progress (0 to 1) up to which there is span corruption only."""
-    instructions_share: float = 0.85
+    instructions_share: float = 0.7
     """Part of the batches after that which are instructions."""
+    matrix_rate: float = 3e-3
+    """Learning rate of the layers' matrices, by Muon, in AdamW's scale."""
     learning_rate: float = 1e-2
-    """Relative to the root mean square of a tensor's first values, as in Adafactor."""
+    """Of all else, by AdamW, relative to the root mean square of a tensor's first values, as in Adafactor."""
     batch_tokens: int = 2048
     seed: int = 0
     checkpoint_s: float = 180
@@ -73,13 +75,16 @@ class Settings:
     log_s: float = 30
     evaluate_s: float = 1500
     heldout_rows: int = 6
+    num_matches: int = 0
+    """Sentences that the teacher labels."""
     num_loaders: int = 0
     """Processes that prepare batches; 0 prepares them between the steps."""
     compile: bool = False
 
     def decisive(self) -> dict[str, Any]:
         """Return what a checkpoint depends on."""
-        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "learning_rate", "seed")
+        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "matrix_rate", "learning_rate",
+                "seed")  # fmt: skip
         return {name: asdict(self)[name] for name in kept}
 
 
@@ -124,14 +129,31 @@ def build_model(size: Size, seed: int) -> T5ForConditionalGeneration:
         return T5ForConditionalGeneration(config)
 
 
-def build_optimizer(model: T5ForConditionalGeneration, learning_rate: float, is_fused: bool) -> torch.optim.AdamW:
-    """Give each tensor a peak learning rate that is proportional to its first values: embeddings start 16 times larger."""
+def build_optimizers(model: T5ForConditionalGeneration, settings: Settings, is_fused: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the rest: each tensor's peak rate goes by its first values there.
+
+    Embeddings start 16 times larger than matrices. Each group notes its highest rate as `peak`.
+    """
+    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    matrices = [one for one in model.parameters() if one.ndim == 2 and not any(one is other for other in embeddings)]
+    others = [one for one in model.parameters() if not any(one is other for other in matrices)]
     groups = []
-    for parameter in model.parameters():
+    for parameter in others:
         scale = float(parameter.detach().pow(2).mean().sqrt())
         scale = VECTOR_SCALE if parameter.ndim == 1 else min(max(scale, MIN_SCALE), MAX_SCALE)
-        groups.append({"params": [parameter], "lr": learning_rate * scale, "peak": learning_rate * scale})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=is_fused)
+        groups.append({"params": [parameter], "peak": settings.learning_rate * scale})
+    muon = torch.optim.Muon(
+        [{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=is_fused)]
+
+
+def compile_layers(model: T5ForConditionalGeneration) -> None:
+    """Compile what all layers share, once for all shapes: compiling the whole model for each takes longer than it saves."""
+    torch._dynamo.config.recompile_limit = 64  # the layers with and without position bias, and batches with T = B
+    for module in model.modules():
+        if isinstance(module, T5LayerFF | T5LayerSelfAttention | T5LayerCrossAttention):
+            module.compile(dynamic=True)
 
 
 def rate_factor(progress: float) -> float:
@@ -145,9 +167,9 @@ class Window:
 
     since: float
     first_token: int
-    losses: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    losses: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, kind: str, loss: float) -> None:
+    def add(self, kind: str, loss: Tensor) -> None:
         """Note the loss of one step."""
         self.losses[kind].append(loss)
 
@@ -167,10 +189,11 @@ class Training:
             vectors_VH = word_vectors(prepared.tokens, settings.size.vocab_size, settings.size.d_model, settings.seed)
             self.model.get_input_embeddings().weight.data.copy_(vectors_VH)
         # The peaks depend on first values, so a resumed run builds them from the same ones.
-        self.optimizer = build_optimizer(self.model.to(self.device), settings.learning_rate, is_fused=True)
+        self.optimizers = build_optimizers(self.model.to(self.device), settings, is_fused=True)
         begun_s = 0.0 if started is None else time.monotonic() - started
         self.position = self._load() if self.file.exists() else Position(elapsed_s=begun_s, begun_s=begun_s)
-        self.forward: Any = torch.compile(self.model) if settings.compile else self.model
+        if settings.compile:
+            compile_layers(self.model)
 
     def run(self, stop_at: int | None = None) -> None:
         """Train to the end, or as if killed before step `stop_at`."""
@@ -215,25 +238,28 @@ class Training:
         draw = np.random.default_rng((self.settings.seed, 1, self.position.step)).random()
         return "instructions" if draw < self.settings.instructions_share else "spans"
 
-    def train_step(self, batch: Batch, factor: float) -> float:
-        """Train on one batch; the loss is the mean over its target tokens."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        ids_BT, targets_BU = batch.ids_BT.to(self.device), batch.targets_BU.to(self.device)
+    def train_step(self, batch: Batch, factor: float) -> Tensor:
+        """Train on one batch; the loss is the mean over its target tokens. It stays on the device: reading it would wait."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+        ids_BT, targets_BU = (ids.to(self.device).long() for ids in (batch.ids_BT, batch.targets_BU))
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: Tensor = self.forward(
+            loss: Tensor = self.model(
                 input_ids=ids_BT, attention_mask=(ids_BT != PAD).long(), labels=targets_BU, use_cache=False
             ).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     def judge(self) -> None:
         """Log the accuracy on held-out rows."""
         self.model.eval()
-        result = evaluate(self.model, self.prepared.tokenizer, self.prepared.heldout)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled would be compiled again for evaluation
+            result = evaluate(self.model, self.prepared.tokenizer, self.prepared.heldout)
         self.model.train()
         self._log({"step": self.position.step, "elapsed_s": round(self.position.elapsed_s), "heldout": result})
         self.say(f"held-out accuracy {result['seen']} (majority {result['seen_majority']}), "
@@ -242,8 +268,9 @@ class Training:
     def save(self) -> None:
         """Write weights, optimiser state and position as one safetensors file that is whole or not there."""
         tensors = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
         header = {"position": json.dumps(asdict(self.position)), "settings": json.dumps(self.settings.decisive())}
         partial = self.file.with_suffix(".partial")
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, header)
@@ -258,12 +285,13 @@ class Training:
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  no mapping
         for name, parameter in self.model.named_parameters():
             parameter.data.copy_(tensors[f"model.{name}"])
-        state: dict[int, dict[str, Tensor]] = {}
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
         for name, value in tensors.items():
             if name.startswith("optimizer."):
-                _, index, part = name.split(".")
-                state.setdefault(int(index), {})[part] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+                _, number, index, part = name.split(".")
+                states[int(number)].setdefault(int(index), {})[part] = value
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         found = json.loads(header["position"])
         self.say(f"going on from step {found['step']}")
         return Position(**{**found, "spans": tuple(found["spans"]), "instructions": tuple(found["instructions"])})
@@ -277,7 +305,7 @@ class Training:
         progress = self.progress()
         speed = (self.position.num_tokens - window.first_token) / (time.monotonic() - window.since)
         left_s = (self.position.elapsed_s - self.position.begun_s) * (1 - progress) / max(progress, 1e-9)
-        losses = {f"loss_{kind}": round(math.fsum(found) / len(found), 4) for kind, found in window.losses.items()}
+        losses = {f"loss_{kind}": round(float(torch.stack(found).mean()), 4) for kind, found in window.losses.items()}
         record = {"step": self.position.step, "elapsed_s": round(self.position.elapsed_s), "progress": round(progress, 4),
                   **losses, "tokens_per_s": round(speed), "num_tokens": self.position.num_tokens}  # fmt: skip
         self._log(record)

@@ -72,6 +72,16 @@ QUESTIONS = {
     ),
     "meaning": ("What does it mean?", "Which option describes it?", "Choose the right description.", "What kind of thing is it?"),
     "synonym": ("Which word means the same?", "Choose the synonym.", "Which option is closest in meaning?"),
+    "match": (
+        "What is the text about?",
+        "Which label fits the text?",
+        "Choose the label that fits best.",
+        "Classify the text.",
+        "What is meant?",
+        "What does it deal with?",
+        "Which of these describes it best?",
+        "Sort the text into one of these groups.",
+    ),
     "blank": (
         "Which word fills the blank?",
         "Which word is missing?",

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
 from bases.corpus import corrupt_spans, sentinel_id, target_length, text_length
 from bases.heldout import Heldout, evaluate, label_scores
-from bases.mixture import UNSEEN, plain_row, read_tasks
+from bases.mixture import UNSEEN, draw_match, plain_row, read_tasks
 from bases.overlap import JudgingTexts
 from bases.pretrain import export, prepare
+from bases.teacher import Matches, is_said, label_sentences
 from bases.training import Prepared, Settings, Size, Training, rate_factor
 from multilora.base_model import load_base
 from multilora.lora import AdapterSlots
@@ -62,14 +63,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     (data / "tasks" / "leaky" / "test.jsonl").write_text(json.dumps({"text": row["input"], "label": "x"}) + "\n")
     return Settings(
         data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.05, steps=12, spans_until=0.3,
-        batch_tokens=512, checkpoint_steps=4, heldout_rows=1, log_s=0,
+        batch_tokens=512, checkpoint_steps=4, heldout_rows=1, log_s=0, num_matches=60,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def prepared(settings: Settings) -> Prepared:
     """Tokenizer, tokens and mixture, made once."""
-    return prepare(settings, say)
+    return prepare(settings, say, show)
 
 
 def test_tokenizer_loads_as_t5_and_gives_texts_back(settings: Settings, prepared: Prepared) -> None:
@@ -128,6 +129,25 @@ def test_options_stand_in_the_prompt_and_the_answer_is_one(prepared: Prepared) -
     assert any(meaning for one in with_labels for _, meaning in one.labels)
     places = {[label for label, _ in one.labels].index(one.answer) for one in with_labels}
     assert {0, 1, 2} <= places
+
+
+def test_the_teacher_matches_sentences_with_phrases_that_they_do_not_say(settings: Settings, prepared: Prepared) -> None:
+    matches = prepared.mixture.matches
+    assert matches == Matches.read(settings.out / "matches.json.xz")
+    assert 30 < len(matches.rows) <= 60
+    for row in matches.rows:
+        assert row.fitting
+        assert not set(row.fitting) & set(row.near)
+        assert not any(is_said(matches.phrases[place], row.text) for place in (*row.fitting, *row.near))
+    rng = random.Random(0)
+    for drawn in (draw_match(matches, prepared.mixture.words, rng) for _ in range(100)):
+        assert drawn.answer in [label for label, _ in drawn.labels]
+        assert len({label for label, _ in drawn.labels}) == len(drawn.labels) > 1
+
+
+def test_teacher_finds_the_phrase_that_a_sentence_is_about() -> None:
+    matches = label_sentences(["My suitcase did not arrive with the plane.", "The soup was cold."], ["baggage", "food"], 0, show)
+    assert [matches.phrases[row.fitting[0]] for row in matches.rows] == ["baggage", "food"]
 
 
 def test_training_prompt_is_the_serving_prompt(prepared: Prepared) -> None:
