@@ -23,7 +23,18 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
 from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerSelfAttention
 
-from bases.batches import EOS, PAD, Batch, InstructionChunks, SpanChunks, stream
+from bases.batches import (
+    EOS,
+    INPUT_LENGTHS,
+    PAD,
+    SPAN_INPUT_TOKENS,
+    TARGET_LENGTHS,
+    Batch,
+    InstructionChunks,
+    SpanChunks,
+    padded,
+    stream,
+)
 from bases.corpus import VOCAB_SIZE, sentinel_id, word_vectors
 from bases.heldout import Heldout, evaluate
 from bases.mixture import Mixture
@@ -190,10 +201,11 @@ class Training:
             self.model.get_input_embeddings().weight.data.copy_(vectors_VH)
         # The peaks depend on first values, so a resumed run builds them from the same ones.
         self.optimizers = build_optimizers(self.model.to(self.device), settings, is_fused=True)
-        begun_s = 0.0 if started is None else time.monotonic() - started
-        self.position = self._load() if self.file.exists() else Position(elapsed_s=begun_s, begun_s=begun_s)
         if settings.compile:
             compile_layers(self.model)
+            self._compile_now()
+        begun_s = 0.0 if started is None else time.monotonic() - started
+        self.position = self._load() if self.file.exists() else Position(elapsed_s=begun_s, begun_s=begun_s)
 
     def run(self, stop_at: int | None = None) -> None:
         """Train to the end, or as if killed before step `stop_at`."""
@@ -243,17 +255,27 @@ class Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-        ids_BT, targets_BU = (ids.to(self.device).long() for ids in (batch.ids_BT, batch.targets_BU))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: Tensor = self.model(
-                input_ids=ids_BT, attention_mask=(ids_BT != PAD).long(), labels=targets_BU, use_cache=False
-            ).loss
+        loss = self._loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        ids_BT, targets_BU = (ids.to(self.device).long() for ids in (batch.ids_BT, batch.targets_BU))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            loss: Tensor = self.model(
+                input_ids=ids_BT, attention_mask=(ids_BT != PAD).long(), labels=targets_BU, use_cache=False
+            ).loss
+        return loss
+
+    def _compile_now(self) -> None:
+        """Compile forward and backward pass before the first step: the learning rate goes by the clock."""
+        for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[1]), (INPUT_LENGTHS[1], TARGET_LENGTHS[0])):
+            self._loss(padded("", [], max(1, self.settings.batch_tokens // length), length, width)).backward()
+            self.model.zero_grad(set_to_none=True)
 
     def judge(self) -> None:
         """Log the accuracy on held-out rows."""
