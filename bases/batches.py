@@ -1,13 +1,13 @@
 """Batches of few fixed shapes, each a pure function of a seed and its number, so that a resumed run goes on with the next one.
 
-Dims: B rows, T input positions, U target positions.
+Dims: B rows, T input positions, U target positions, N sentences, H hidden.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ TARGET_LENGTHS = (8, 32, 64)
 LEAST_EXAMPLES_IN_CHUNK = 1024
 """At least so many, and half the tokens of a batch: sorted by length, most batches are then full."""
 SPAN_BATCHES_IN_CHUNK = 16
+MAX_SENTENCE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Batch:
     kind: str
     num_tokens: int
     """Input and target tokens that are no padding."""
+    vectors_RH: Tensor | None = None
+    """What the encoder's mean state should point to, for the first R rows: all that are no padding."""
 
 
 class SpanChunks(Dataset[list[Batch]]):
@@ -85,6 +88,31 @@ class InstructionChunks(Dataset[list[Batch]]):
                 rows = rows[num_rows:]
         rng.shuffle(batches)
         return batches
+
+
+class SentenceChunks(Dataset[list[Batch]]):
+    """Chunk number -> batches of sentences with the vectors that a sentence encoder gives them."""
+
+    def __init__(
+        self, sentences: Sequence[str], vectors_NH: NDArray[np.float16], tokenizer: Any, batch_tokens: int, seed: int
+    ) -> None:
+        self.sentences, self.vectors_NH, self.tokenizer = sentences, vectors_NH, tokenizer
+        self.batch_tokens, self.seed = batch_tokens, seed
+
+    def __getitem__(self, number: int) -> list[Batch]:
+        rng = np.random.default_rng((self.seed, 2, number))
+        chosen = rng.integers(0, len(self.sentences), max(LEAST_EXAMPLES_IN_CHUNK, self.batch_tokens // 2))
+        encoded = self.tokenizer([self.sentences[index] for index in chosen], truncation=True, max_length=MAX_SENTENCE_TOKENS)
+        rows = sorted(zip(encoded["input_ids"], chosen, strict=True), key=lambda row: len(row[0]), reverse=True)
+        batches = []
+        while rows:
+            length = _at_least(len(rows[0][0]), INPUT_LENGTHS)
+            num_rows = self.batch_tokens // length
+            batch = padded("sentences", [(ids, ()) for ids, _ in rows[:num_rows]], num_rows, length, 1)
+            vectors_RH = torch.from_numpy(self.vectors_NH[[index for _, index in rows[:num_rows]]])
+            batches.append(replace(batch, vectors_RH=vectors_RH))
+            rows = rows[num_rows:]
+        return [batches[index] for index in rng.permutation(len(batches))]
 
 
 def encode(drawn: Drawn, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]] | None:

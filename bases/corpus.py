@@ -1,7 +1,4 @@
-"""Plain text for a T5: which lines are read, the tokenizer, span corruption, and first word vectors. Knows no model.
-
-Dims: V vocabulary, H hidden.
-"""
+"""Plain text for a T5: which lines are read, the tokenizer, and span corruption. Knows no model."""
 
 from __future__ import annotations
 
@@ -11,12 +8,11 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import T5Tokenizer
 
 Ids = NDArray[np.int64]
@@ -24,14 +20,10 @@ Ids = NDArray[np.int64]
 SHARES = {"literature_gutenberg": 0.25, "medquad": 0.3, "dialogue_sgd": 0.6, "us_presidents": 0.5}
 """Part of a file's lines that is read, where it is not all of them: old novels are 61 % of the corpus, medquad is formulaic."""
 NUM_SENTINELS = 100
-VOCAB_SIZE = 12288
+VOCAB_SIZE = 10240
 """Sentinels included. 8k pieces make texts a tenth longer; with 16k too many pieces are met too rarely in a few hours of CPU."""
 TOKENIZER_CHARACTERS = 8_000_000
 NOISE_DENSITY, MEAN_SPAN_TOKENS = 0.15, 3
-WINDOW_TOKENS = 5
-NUM_SPECIAL = 3
-"""<pad>, </s>, <unk> are the first ids."""
-PAIRS_AT_ONCE = 30_000_000
 
 
 def read_texts(data: Path, part: float, seed: int) -> dict[str, list[str]]:
@@ -91,7 +83,7 @@ def encode_lines(tokenizer: T5Tokenizer, lines: Sequence[str]) -> NDArray[np.uin
     return np.concatenate(parts)
 
 
-def save_array(array: NDArray[np.uint16], file: Path) -> None:
+def save_array(array: NDArray[Any], file: Path) -> None:
     """Write an array so that the file is whole or not there."""
     partial = file.with_suffix(".partial.npy")
     np.save(partial, array)
@@ -128,38 +120,6 @@ def corrupt_spans(ids: Ids, first_sentinel: int, eos: int, rng: np.random.Genera
         target += [sentinel, ids[middle:end]]
         start = end
     return np.concatenate([*source, [eos]]), np.concatenate([*target, [eos]])
-
-
-def word_vectors(tokens: NDArray[np.uint16], vocab_size: int, dim: int, seed: int) -> Tensor:
-    """Make first embeddings [V, H] of unit variance from which pieces stand near which: PPMI, then a truncated SVD.
-
-    Counting reads the whole corpus in seconds, which gradient steps on a CPU cannot. Source of the weighting: Levy, Goldberg
-    and Dagan 2015 (context counts to the power 0.75, square root of the singular values).
-    """
-    counts_VV = np.zeros((vocab_size, vocab_size), dtype=np.float32)
-    for distance in range(1, WINDOW_TOKENS + 1):
-        for start in range(0, len(tokens) - distance, PAIRS_AT_ONCE):
-            left = tokens[start : min(start + PAIRS_AT_ONCE, len(tokens) - distance)].astype(np.int64)
-            pairs = left * vocab_size + tokens[start + distance : start + distance + len(left)]
-            counts_VV += (np.bincount(pairs, minlength=vocab_size**2) / distance).reshape(counts_VV.shape)
-    matrix_VV = torch.from_numpy(counts_VV)
-    matrix_VV += matrix_VV.T.clone()
-    matrix_VV[:NUM_SPECIAL] = 0
-    matrix_VV[:, :NUM_SPECIAL] = 0
-    row_V, column_V = matrix_VV.sum(1), matrix_VV.sum(0) ** 0.75
-    matrix_VV *= column_V.sum()
-    matrix_VV /= row_V[:, None].clamp_min(1) * column_V[None].clamp_min(1)
-    matrix_VV.clamp_min_(1).log_()
-    generator = torch.Generator().manual_seed(seed)
-    random_VH = torch.randn(vocab_size, dim, generator=generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        left_VH, values_H, _ = torch.svd_lowrank(matrix_VV, q=dim + 32, niter=2)
-    vectors_VH = left_VH[:, :dim] * values_H[:dim].sqrt()
-    is_seen_V = row_V > 0
-    vectors_VH -= vectors_VH[is_seen_V].mean(0)
-    vectors_VH /= vectors_VH.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-6)
-    return torch.where(is_seen_V[:, None], vectors_VH, random_VH)
 
 
 def _up_to(texts: Sequence[str], num_characters: int) -> Iterator[str]:

@@ -44,7 +44,6 @@ FAMILY_WEIGHTS = {"super-ni": 0.4, "grammar": 0.1, "bbh": 0.1, "reading": 0.3, "
 """How often a family's tasks are drawn, times the square root of their rows: grammar and puzzles have many tasks."""
 LABELLING = ("intent", "dialogue", "topic", "sentiment", "science", "discourse")
 OPEN_ENDED_WEIGHT = 0.25
-MAX_INPUT_CHARACTERS = 900
 MAX_QUESTION_CHARACTERS = 240
 MAX_ANSWER_CHARACTERS = 160
 SHARE_OF_KIND = {"rows": 0.5, "gloss": 0.14, "blank": 0.08, "opinion": 0.08, "match": 0.2}
@@ -215,14 +214,14 @@ def plain_row(task: Task, row: Mapping[str, Any]) -> Drawn:
     return Drawn(instruction, row["input"].strip(), tuple((option, "") for option in row["options"]), row["output"].strip())
 
 
-def read_mixture(data: Path, texts: Mapping[str, Sequence[str]], is_clean: Callable[[str], bool]) -> Mixture:
+def read_mixture(data: Path, texts: Mapping[str, Sequence[str]], is_clean: Callable[[str], bool], max_characters: int) -> Mixture:
     """Read the instruction rows that are clean, and find in the corpus (file name -> lines) what its own tasks need."""
     tasks = read_tasks(data)
     rows: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     with lzma.open(data / "instructions" / "open.jsonl.xz", "rt", encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
-            is_short = len(row["input"]) <= MAX_INPUT_CHARACTERS and len(row["output"]) <= MAX_ANSWER_CHARACTERS
+            is_short = len(row["input"]) <= max_characters and len(row["output"]) <= MAX_ANSWER_CHARACTERS
             if row["task"] not in UNSEEN and is_short and is_clean(row["input"]):
                 rows[row["task"]].append(row)
     words = _frequent_words([line for lines in texts.values() for line in lines[:6000]])

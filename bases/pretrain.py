@@ -41,7 +41,8 @@ from bases.training import MINI, SMALL, Prepared, Settings, Show, Training
 
 def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepared:
     """Read the data, drop what overlaps, train the tokenizer, tokenise and ask the teacher; what takes long is kept in `out`."""
-    folder, tokens_file, matches_file = (settings.out / name for name in ("tokenizer", "tokens.npy", "matches.json.xz"))
+    files = (settings.out / name for name in ("tokenizer", "tokens.npy", "vectors.npy", "matches.json.xz"))
+    folder, tokens_file, vectors_file, matches_file = files
     texts, mixture = read_clean(settings, say)
     lines = mixed_lines(texts, settings.seed)
     if not folder.exists():
@@ -58,9 +59,12 @@ def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepa
         sentences = choose_sentences(texts, split_sentences, settings.num_matches, settings.seed)
         phrases = choose_phrases(label_counts(mixture), mixture.words)
         say(f"matching {len(sentences)} sentences with {len(phrases)} phrases by {TEACHER}")
-        label_sentences(sentences, phrases, settings.seed, show).write(matches_file)
+        matches, vectors_NH = label_sentences(sentences, phrases, settings.seed, show)
+        save_array(vectors_NH.half().numpy(), vectors_file)
+        matches.write(matches_file)
     mixture = replace(mixture, matches=Matches.read(matches_file))
-    return Prepared(tokenizer, tokens, mixture, Heldout.read(settings.data, settings.heldout_rows))
+    vectors_NH = np.load(vectors_file, mmap_mode="r") if matches_file.exists() else np.empty((0, 0), dtype=np.float16)
+    return Prepared(tokenizer, tokens, mixture, vectors_NH, Heldout.read(settings.data, settings.heldout_rows))
 
 
 def read_clean(settings: Settings, say: Callable[[str], None]) -> tuple[dict[str, list[str]], Mixture]:
@@ -84,7 +88,7 @@ def read_clean(settings: Settings, say: Callable[[str], None]) -> tuple[dict[str
     if known or not is_known:
         texts = {name: [line for line in lines if is_clean(line)] for name, lines in texts.items()}
     num_lines_dropped = len(dropped)
-    mixture = read_mixture(settings.data, texts, is_clean)
+    mixture = read_mixture(settings.data, texts, is_clean, settings.max_characters)
     if not is_known:
         counts = {"test_texts": tests.num_texts, "corpus_lines": num_lines, "corpus_lines_dropped": num_lines_dropped,
                   "instruction_rows": sum(map(len, mixture.rows.values())),
@@ -129,13 +133,14 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--small", action="store_true", help="a tiny model on a part of the text, which proves the recipe")
     parser.add_argument("--corpus-part", type=float, help="part of the text that is read")
     parser.add_argument(
-        "--spans-until", type=float, default=Settings.spans_until, help="progress up to which no instructions are shown"
+        "--instructions-from", type=float, default=Settings.instructions_from, help="progress up to which none are shown"
     )
     parser.add_argument(
         "--instructions-share", type=float, default=Settings.instructions_share, help="part of the batches after that"
     )
     parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="learning rate of the layers' matrices")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="relative to a tensor's first values")
+    parser.add_argument("--max-characters", type=int, default=900 if is_gpu else 400, help="longest input of an instruction row")
     parser.add_argument("--batch-tokens", type=int, default=65536 if is_gpu else 2048)
     parser.add_argument("--loaders", type=int, default=8 if is_gpu else 0, help="processes that prepare batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -146,9 +151,9 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     num_matches = (1000 if given.small else 200_000) if given.matches is None else given.matches
     return Settings(
         data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, corpus_part=part,
-        steps=given.steps, spans_until=given.spans_until, instructions_share=given.instructions_share,
+        steps=given.steps, instructions_from=given.instructions_from, instructions_share=given.instructions_share,
         matrix_rate=given.matrix_rate, learning_rate=given.learning_rate, batch_tokens=given.batch_tokens, seed=given.seed,
-        num_loaders=given.loaders, compile=given.compile, num_matches=num_matches,
+        num_loaders=given.loaders, compile=given.compile, max_characters=given.max_characters, num_matches=num_matches,
     )  # fmt: skip
 
 

@@ -70,25 +70,34 @@ class Matches:
         return cls(found["phrases"], rows)
 
 
-def label_sentences(sentences: Sequence[str], phrases: Sequence[str], seed: int, show: Callable[[float, str], None]) -> Matches:
-    """Label each sentence that some phrase fits. A phrase that is similar to everything is marked down by as much."""
+def label_sentences(
+    sentences: Sequence[str], phrases: Sequence[str], seed: int, show: Callable[[float, str], None]
+) -> tuple[Matches, Tensor]:
+    """Label each sentence that some phrase fits, and return the vectors [N, H] of those beside them.
+
+    A phrase that is similar to everything is marked down by as much.
+    """
     base = load_base(BaseSpec(model=TEACHER))
     phrases_PH = embed(base, phrases)
     rng = random.Random(seed)
     mean_P: Tensor | None = None
     rows: list[Match] = []
+    vectors: list[Tensor] = []
     for start in range(0, len(sentences), SENTENCES_AT_ONCE):
         texts = sentences[start : start + SENTENCES_AT_ONCE]
-        similarity_NP = embed(base, texts) @ phrases_PH.T
+        vectors_NH = embed(base, texts)
+        similarity_NP = vectors_NH @ phrases_PH.T
         mean_P = similarity_NP.mean(0) if mean_P is None else mean_P
         best = (similarity_NP - mean_P).topk(min(NEAR_RANKS.stop, len(phrases)), dim=1)
-        for text, values_R, places_R, similarity_P in zip(texts, best.values, best.indices, similarity_NP, strict=True):
+        found = zip(texts, vectors_NH, best.values, best.indices, similarity_NP, strict=True)
+        for text, vector_H, values_R, places_R, similarity_P in found:
             ranked = [(value, place) for value, place in zip(values_R.tolist(), places_R.tolist(), strict=True)
                       if not is_said(phrases[place], text)]  # fmt: skip
             if ranked and float(similarity_P[ranked[0][1]]) >= LEAST_SIMILARITY:
                 rows.append(_match(text, ranked, rng))
+                vectors.append(vector_H)
         show((start + len(texts)) / len(sentences), f"{len(rows)} of {start + len(texts)} sentences labelled")
-    return Matches(phrases, rows)
+    return Matches(phrases, rows), torch.stack(vectors)
 
 
 def is_said(phrase: str, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""Train a T5 on two streams of batches within a time: optimiser, schedule, checkpoints, log.
+"""Train a T5 on three streams of batches within a time: optimiser, schedule, checkpoints, log.
 
 Dims: V vocabulary, H hidden, B rows, T input positions, U target positions.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,13 +32,16 @@ from bases.batches import (
     TARGET_LENGTHS,
     Batch,
     InstructionChunks,
+    SentenceChunks,
     SpanChunks,
     padded,
     stream,
 )
-from bases.corpus import VOCAB_SIZE, sentinel_id, word_vectors
+from bases.corpus import VOCAB_SIZE, sentinel_id
 from bases.heldout import Heldout, evaluate
 from bases.mixture import Mixture
+from bases.teacher import TEACHER
+from bases.transplant import transplant_teacher
 from multilora.errors import DataError
 
 Show = Callable[[float, str], None]
@@ -56,8 +60,8 @@ class Size:
     vocab_size: int
 
 
-MINI = Size(d_model=384, d_ff=960, num_layers=6, num_decoder_layers=2, num_heads=6, vocab_size=VOCAB_SIZE)
-SMALL = Size(d_model=128, d_ff=320, num_layers=2, num_decoder_layers=1, num_heads=2, vocab_size=4096)
+MINI = Size(d_model=384, d_ff=1536, num_layers=6, num_decoder_layers=2, num_heads=12, vocab_size=VOCAB_SIZE)
+SMALL = Size(d_model=384, d_ff=1536, num_layers=2, num_decoder_layers=1, num_heads=12, vocab_size=4096)
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,16 @@ class Settings:
     corpus_part: float = 1.0
     steps: int | None = None
     """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
-    spans_until: float = 0.3
-    """Progress (0 to 1) up to which there is span corruption only."""
-    instructions_share: float = 0.7
-    """Part of the batches after that which are instructions."""
+    instructions_from: float = 0.15
+    """Progress (0 to 1) up to which there are no instructions: the encoder recovers, the decoder learns to write."""
+    instructions_share: float = 0.75
+    """Part of the batches after that which are instructions; half of the others are sentences with vectors, half spans."""
     matrix_rate: float = 3e-3
-    """Learning rate of the layers' matrices, by Muon, in AdamW's scale."""
+    """Learning rate of the layers' matrices on a GPU, by Muon, in AdamW's scale."""
     learning_rate: float = 1e-2
     """Of all else, by AdamW, relative to the root mean square of a tensor's first values, as in Adafactor."""
+    max_characters: int = 900
+    """Of the input of an instruction row; the longest cost the most and teach the least."""
     batch_tokens: int = 2048
     seed: int = 0
     checkpoint_s: float = 180
@@ -94,12 +100,15 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Return what a checkpoint depends on."""
-        kept = ("size", "corpus_part", "steps", "spans_until", "instructions_share", "matrix_rate", "learning_rate",
-                "seed")  # fmt: skip
+        kept = ("size", "corpus_part", "steps", "instructions_from", "instructions_share", "matrix_rate", "learning_rate",
+                "max_characters", "seed")  # fmt: skip
         return {name: asdict(self)[name] for name in kept}
 
 
 WARMUP, DECAY_FROM = 0.02, 0.3
+RATE_OF_KNOWN = 0.5
+"""Of the learning rate, for what came from the teacher."""
+SENTENCE_LOSS_WEIGHT = 10
 MIN_SCALE, MAX_SCALE, VECTOR_SCALE = 0.02, 0.5, 0.1
 
 
@@ -110,6 +119,8 @@ class Prepared:
     tokenizer: T5Tokenizer
     tokens: NDArray[np.uint16]
     mixture: Mixture
+    vectors_NH: NDArray[np.float16]
+    """The teacher's, of the sentences in `mixture.matches`; none where it was not asked."""
     heldout: Heldout
 
 
@@ -124,15 +135,16 @@ class Position:
     num_tokens: int = 0
     spans: tuple[int, int] = (0, 0)
     """The next batch of each stream: (chunk, batch in it)."""
+    sentences: tuple[int, int] = (0, 0)
     instructions: tuple[int, int] = (0, 0)
 
 
 def build_model(size: Size, seed: int) -> T5ForConditionalGeneration:
-    """Build a T5 1.1 (gated GELU) whose head shares the embeddings: they are most of so small a model."""
+    """Build a T5 with GELU, like the teacher, whose head shares the embeddings: they are a fifth of so small a model."""
     config = T5Config(
         vocab_size=size.vocab_size, d_model=size.d_model, d_ff=size.d_ff, d_kv=size.d_model // size.num_heads,
         num_layers=size.num_layers, num_decoder_layers=size.num_decoder_layers, num_heads=size.num_heads,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=True,
+        feed_forward_proj="gelu", dropout_rate=0.0, tie_word_embeddings=True,
         pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -140,23 +152,26 @@ def build_model(size: Size, seed: int) -> T5ForConditionalGeneration:
         return T5ForConditionalGeneration(config)
 
 
-def build_optimizers(model: T5ForConditionalGeneration, settings: Settings, is_fused: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the rest: each tensor's peak rate goes by its first values there.
+def build_optimizers(model: T5ForConditionalGeneration, settings: Settings) -> list[torch.optim.Optimizer]:
+    """AdamW, each tensor's peak rate going by its first values; on a GPU, Muon for the matrices of the layers.
 
-    Embeddings start 16 times larger than matrices. Each group notes its highest rate as `peak`.
+    On a CPU Muon's orthogonalisation takes longer than the passes. Embeddings start 16 times larger than matrices. What came
+    from the teacher learns more slowly. Each group notes its highest rate as `peak`.
     """
-    embeddings = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    matrices = [one for one in model.parameters() if one.ndim == 2 and not any(one is other for other in embeddings)]
-    others = [one for one in model.parameters() if not any(one is other for other in matrices)]
-    groups = []
-    for parameter in others:
-        scale = float(parameter.detach().pow(2).mean().sqrt())
-        scale = VECTOR_SCALE if parameter.ndim == 1 else min(max(scale, MIN_SCALE), MAX_SCALE)
-        groups.append({"params": [parameter], "peak": settings.learning_rate * scale})
-    muon = torch.optim.Muon(
-        [{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=is_fused)]
+    known = {id(parameter) for parameter in model.get_encoder().parameters()}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    muons: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for parameter in model.parameters():
+        part = RATE_OF_KNOWN if id(parameter) in known else 1.0
+        if parameter.is_cuda and parameter.ndim == 2 and id(parameter) not in embeddings:
+            muons.append({"params": [parameter], "peak": settings.matrix_rate * part})
+        else:
+            scale = float(parameter.detach().pow(2).mean().sqrt())
+            scale = VECTOR_SCALE if parameter.ndim == 1 else min(max(scale, MIN_SCALE), MAX_SCALE)
+            others.append({"params": [parameter], "peak": settings.learning_rate * part * scale})
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return [adamw, torch.optim.Muon(muons, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if muons else [adamw]
 
 
 def compile_layers(model: T5ForConditionalGeneration) -> None:
@@ -165,6 +180,12 @@ def compile_layers(model: T5ForConditionalGeneration) -> None:
     for module in model.modules():
         if isinstance(module, T5LayerFF | T5LayerSelfAttention | T5LayerCrossAttention):
             module.compile(dynamic=True)
+
+
+def mean_states(model: T5ForConditionalGeneration, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean [B, H] of the encoder's last states."""
+    states_BTH: Tensor = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+    return (states_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
 def rate_factor(progress: float) -> float:
@@ -197,10 +218,9 @@ class Training:
         self.model = build_model(settings.size, settings.seed)
         self.file = settings.out / "checkpoint.safetensors"
         if not self.file.exists():
-            vectors_VH = word_vectors(prepared.tokens, settings.size.vocab_size, settings.size.d_model, settings.seed)
-            self.model.get_input_embeddings().weight.data.copy_(vectors_VH)
-        # The peaks depend on first values, so a resumed run builds them from the same ones.
-        self.optimizers = build_optimizers(self.model.to(self.device), settings, is_fused=True)
+            say(f"fitting the encoder to {TEACHER}")
+            transplant_teacher(self.model, prepared.tokenizer, prepared.mixture.sentences, settings.seed)
+        self.optimizers = build_optimizers(self.model.to(self.device), settings)
         if settings.compile:
             compile_layers(self.model)
             self._compile_now()
@@ -212,8 +232,11 @@ class Training:
         settings, position = self.settings, self.position
         spans = SpanChunks(self.prepared.tokens, sentinel_id(self.prepared.tokenizer), settings.batch_tokens, settings.seed)
         instructions = InstructionChunks(self.prepared.mixture, self.prepared.tokenizer, settings.batch_tokens, settings.seed)
+        texts = [row.text for row in self.prepared.mixture.matches.rows]
+        sentences = SentenceChunks(texts, self.prepared.vectors_NH, self.prepared.tokenizer, settings.batch_tokens, settings.seed)
         streams = {
             "spans": stream(spans, position.spans, settings.num_loaders),
+            "sentences": stream(sentences, position.sentences, settings.num_loaders),
             "instructions": stream(instructions, position.instructions, settings.num_loaders),
         }
         window = Window(time.monotonic(), position.num_tokens)
@@ -245,10 +268,11 @@ class Training:
 
     def kind_of_step(self, progress: float) -> str:
         """Choose what the next step trains on; the choice depends on seed and step, not on what was drawn before."""
-        if progress < self.settings.spans_until:
-            return "spans"
+        share = self.settings.instructions_share if progress >= self.settings.instructions_from else 0.0
         draw = np.random.default_rng((self.settings.seed, 1, self.position.step)).random()
-        return "instructions" if draw < self.settings.instructions_share else "spans"
+        if draw < share:
+            return "instructions"
+        return "sentences" if draw < (1 + share) / 2 and len(self.prepared.vectors_NH) else "spans"
 
     def train_step(self, batch: Batch, factor: float) -> Tensor:
         """Train on one batch; the loss is the mean over its target tokens. It stays on the device: reading it would wait."""
@@ -265,10 +289,13 @@ class Training:
 
     def _loss(self, batch: Batch) -> Tensor:
         ids_BT, targets_BU = (ids.to(self.device).long() for ids in (batch.ids_BT, batch.targets_BU))
+        mask_BT = (ids_BT != PAD).long()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss: Tensor = self.model(
-                input_ids=ids_BT, attention_mask=(ids_BT != PAD).long(), labels=targets_BU, use_cache=False
-            ).loss
+            if batch.vectors_RH is not None:
+                pooled_BH = mean_states(self.model, ids_BT, mask_BT)
+                vectors_RH = batch.vectors_RH.to(self.device).float()
+                return SENTENCE_LOSS_WEIGHT * (1 - F.cosine_similarity(pooled_BH[: len(vectors_RH)], vectors_RH).mean())
+            loss: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=targets_BU, use_cache=False).loss
         return loss
 
     def _compile_now(self) -> None:
@@ -293,16 +320,18 @@ class Training:
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
-        header = {"position": json.dumps(asdict(self.position)), "settings": json.dumps(self.settings.decisive())}
+        peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        header = {"position": asdict(self.position), "settings": self.settings.decisive(), "peaks": peaks}
         partial = self.file.with_suffix(".partial")
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, header)
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial,
+                  {name: json.dumps(value) for name, value in header.items()})  # fmt: skip
         os.replace(partial, self.file)
 
     def _load(self) -> Position:
         with safe_open(self.file, framework="pt", device="cpu") as saved:
-            header = saved.metadata()
-            written, given = json.loads(header["settings"]), json.loads(json.dumps(self.settings.decisive()))
-            if {name: written.get(name) for name in given} != given:
+            header = {name: json.loads(value) for name, value in saved.metadata().items()}
+            given = json.loads(json.dumps(self.settings.decisive()))
+            if {name: header["settings"].get(name) for name in given} != given:
                 raise DataError(f"{self.file} was written with other settings: {header['settings']}; choose another --out")
             tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118  no mapping
         for name, parameter in self.model.named_parameters():
@@ -312,11 +341,14 @@ class Training:
             if name.startswith("optimizer."):
                 _, number, index, part = name.split(".")
                 states[int(number)].setdefault(int(index), {})[part] = value
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        for optimizer, state, peaks in zip(self.optimizers, states, header["peaks"], strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak"] = peak  # it went by first values
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        found = json.loads(header["position"])
-        self.say(f"going on from step {found['step']}")
-        return Position(**{**found, "spans": tuple(found["spans"]), "instructions": tuple(found["instructions"])})
+        self.say(f"going on from step {header['position']['step']}")
+        return Position(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in header["position"].items()}
+        )
 
     def _is_checkpoint_due(self, since_s: float) -> bool:
         if self.settings.checkpoint_steps is not None:

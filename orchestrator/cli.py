@@ -22,6 +22,7 @@ from orchestrator.cli_export import export_app
 from orchestrator.cli_init import init_app
 from orchestrator.cli_keys import keys_app
 from orchestrator.cli_options import (
+    Base,
     Files,
     Force,
     Json,
@@ -91,6 +92,7 @@ def plan(
     as_json: Json = False,
     force: Force = False,
     search: Search = False,
+    base: Base = None,
     workspace: Workspace = None,
     gpu_price: Annotated[
         float | None, typer.Option("--gpu-price", envvar="ORCHESTRATOR_GPU_PRICE", min=0, help="Price of one GPU for an hour.")
@@ -99,7 +101,7 @@ def plan(
     """Show what submit would train together, how long, in how much memory and at what price, and stop."""
     from orchestrator import api, tables
 
-    specs, problems = load_specs(files, search=search)
+    specs, problems = load_specs(files, search=search, base=base)
     with errors():
         planned = api.plan(specs, config_of(workspace), force=force)
     problems += planned.problems

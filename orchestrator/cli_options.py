@@ -22,6 +22,7 @@ Force = Annotated[bool, typer.Option("--force", help="Train again what has not c
 Search = Annotated[
     bool, typer.Option("--search", help="Try several learning rates and ranks per task together, or what its `search:` lists.")
 ]
+Base = Annotated[str | None, typer.Option("--base", help="Base of all tasks: t5-mini, a hub id or a folder (./, ../, /).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Workspace = Annotated[
     Path | None, typer.Option("--workspace", help="Folder for all state; default ORCHESTRATOR_HOME, else .orchestrator.")
@@ -37,10 +38,10 @@ def config_of(workspace: Path | None) -> OrchestratorConfig:
     return OrchestratorConfig.from_environment(workspace)
 
 
-def load_specs(files: list[Path], *, search: bool = False) -> tuple[list[TaskSpec], list[Problem]]:
+def load_specs(files: list[Path], *, search: bool = False, base: str | None = None) -> tuple[list[TaskSpec], list[Problem]]:
     """Load the specs that are right, and name what is wrong with the others; nothing right ends the command.
 
-    With `search` those that ask for no search get the default one.
+    With `search` those that ask for no search get the default one; with `base` all are over that one.
     """
     from multilora.spec_files import try_load_task_specs
     from orchestrator.search import searched
@@ -49,7 +50,18 @@ def load_specs(files: list[Path], *, search: bool = False) -> tuple[list[TaskSpe
     if not loaded.specs:
         print_problems(loaded.problems)
         raise typer.Exit(2)
-    return [searched(spec) if search else spec for spec in loaded.specs], list(loaded.problems)
+    specs = [_over(spec, base) if base else spec for spec in loaded.specs]
+    return [searched(spec) if search else spec for spec in specs], list(loaded.problems)
+
+
+def _over(spec: TaskSpec, base: str) -> TaskSpec:
+    """Return the spec over another base; a folder is relative to where the command runs."""
+    if base.startswith(("./", "../", "/")):
+        folder = Path(base).resolve()
+        if not folder.is_dir():
+            raise typer.BadParameter(f"{base}: no such folder; name one in transformers format, or a hub id", param_hint="--base")
+        base = str(folder)
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"model": base, "revision": None})})
 
 
 @contextmanager

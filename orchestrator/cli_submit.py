@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from multilora.errors import Problem, RequestError
-from orchestrator.cli_options import Force, Json, Search, Workspace, config_of, errors, load_specs, print_json, print_problems
+from orchestrator.cli_options import (
+    Base,
+    Force,
+    Json,
+    Search,
+    Workspace,
+    config_of,
+    errors,
+    load_specs,
+    print_json,
+    print_problems,
+)
 
 if TYPE_CHECKING:
     from orchestrator.config import OrchestratorConfig
@@ -23,7 +34,10 @@ submit_app = typer.Typer(rich_markup_mode="rich")
 EXIT_INTERRUPTED = 130
 
 
-@submit_app.command(epilog="Examples: orchestrator submit tasks/*.yaml; orchestrator submit tasks/client-talk.yaml --search")
+@submit_app.command(
+    epilog="Examples: orchestrator submit tasks/*.yaml; orchestrator submit tasks/client-talk.yaml --search; "
+    "orchestrator submit tasks/*.yaml --base t5-mini --workspace .orchestrator/t5-mini"
+)
 def submit(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Task spec files; with --resume a submission.", metavar="TASK.yaml...")
@@ -31,6 +45,7 @@ def submit(
     as_json: Json = False,
     force: Force = False,
     search: Search = False,
+    base: Base = None,
     workspace: Workspace = None,
     checkpoint_every: Annotated[float, typer.Option("--checkpoint-every", min=0.1, help="Seconds between checkpoints.")] = 30.0,
     max_gpus: Annotated[float | None, typer.Option("--max-gpus", min=0.01, help="Most GPUs that it uses at once.")] = None,
@@ -60,7 +75,7 @@ def submit(
                 submission.renew()
                 launch.start(submission, runner)
         else:
-            specs, problems = load_specs(files or [], search=search)
+            specs, problems = load_specs(files or [], search=search, base=base)
             if not as_json:
                 print_problems(problems)
             limits = {"checkpoint_every_s": checkpoint_every, "max_gpus": max_gpus, "max_cpus": max_cpus}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
 from bases.corpus import corrupt_spans, sentinel_id, target_length, text_length
@@ -19,8 +19,9 @@ from bases.heldout import Heldout, evaluate, label_scores
 from bases.mixture import UNSEEN, draw_match, plain_row, read_tasks
 from bases.overlap import JudgingTexts
 from bases.pretrain import export, prepare
-from bases.teacher import Matches, is_said, label_sentences
-from bases.training import Prepared, Settings, Size, Training, rate_factor
+from bases.teacher import TEACHER, Matches, embed, is_said, label_sentences
+from bases.training import Prepared, Settings, Size, Training, build_model, mean_states, rate_factor
+from bases.transplant import transplant
 from multilora.base_model import load_base
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
@@ -30,7 +31,8 @@ from multilora.spec import BaseSpec
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CORPUS = ("pros_cons", "wiki_sentences_clinc", "wordnet_glosses", "dialogue_multidogo")
 """Small files of the corpus."""
-TINY = Size(d_model=64, d_ff=96, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=2048)
+TINY = Size(d_model=384, d_ff=1536, num_layers=1, num_decoder_layers=1, num_heads=12, vocab_size=2048)
+"""As wide as the teacher, whose first layer it takes over."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -62,7 +64,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     row = json.loads(heldout.split("\n")[0])
     (data / "tasks" / "leaky" / "test.jsonl").write_text(json.dumps({"text": row["input"], "label": "x"}) + "\n")
     return Settings(
-        data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.05, steps=12, spans_until=0.3,
+        data=data, out=tmp_path_factory.mktemp("out"), size=TINY, minutes=1, corpus_part=0.05, steps=12, instructions_from=0.3,
         batch_tokens=512, checkpoint_steps=4, heldout_rows=1, log_s=0, num_matches=60,
     )  # fmt: skip
 
@@ -146,8 +148,35 @@ def test_the_teacher_matches_sentences_with_phrases_that_they_do_not_say(setting
 
 
 def test_teacher_finds_the_phrase_that_a_sentence_is_about() -> None:
-    matches = label_sentences(["My suitcase did not arrive with the plane.", "The soup was cold."], ["baggage", "food"], 0, show)
+    texts = ["My suitcase did not arrive with the plane.", "The soup was cold."]
+    matches, vectors_NH = label_sentences(texts, ["baggage", "food"], 0, show)
+    assert torch.allclose(vectors_NH, embed(load_base(BaseSpec(model=TEACHER)), [row.text for row in matches.rows]), atol=1e-5)
     assert [matches.phrases[row.fitting[0]] for row in matches.rows] == ["baggage", "food"]
+
+
+def test_a_transplanted_encoder_computes_what_the_bert_does() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=200, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    bert = BertModel(config).eval()
+    for name, parameter in bert.named_parameters():  # as after training: weights that matter, biases, uneven norms
+        parameter.data += torch.randn_like(parameter) * (0.1 if "LayerNorm" in name or "bias" in name else 0.06)
+    bert.embeddings.position_embeddings.weight.data[:] = bert.embeddings.position_embeddings.weight[0].clone()  # no order
+    model = build_model(Size(d_model=64, d_ff=128, num_layers=2, num_decoder_layers=1, num_heads=4, vocab_size=200), 0)
+    ids_BT = torch.randint(3, 200, (300, 12))
+    ids_BT[::3, 8:] = PAD
+    mask_BT = (ids_BT != PAD).long()
+    seen, unseen = slice(0, 200), slice(200, 300)
+
+    def similarity() -> float:
+        with torch.no_grad():
+            ours = mean_states(model, ids_BT[unseen], mask_BT[unseen])
+            states_BTH = bert(input_ids=ids_BT[unseen], attention_mask=mask_BT[unseen]).last_hidden_state
+            theirs = (states_BTH * mask_BT[unseen, :, None]).sum(1) / mask_BT[unseen].sum(1, keepdim=True)
+        return float(torch.nn.functional.cosine_similarity(ours - ours.mean(0), theirs - theirs.mean(0)).mean())
+
+    assert similarity() < 0.5
+    transplant(model, bert, bert.embeddings.word_embeddings.weight.detach(), ids_BT[seen], mask_BT[seen])
+    assert similarity() > 0.95
 
 
 def test_training_prompt_is_the_serving_prompt(prepared: Prepared) -> None:
@@ -189,8 +218,10 @@ def test_loss_falls_and_the_export_scores_like_the_recipe(settings: Settings, pr
     training.run()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     spans = [record["loss_spans"] for record in log if "loss_spans" in record]
-    assert abs(spans[0] - np.log(TINY.vocab_size)) < 1
-    assert np.mean(spans[-3:]) < np.mean(spans[:3]) - 0.5
+    assert np.mean(spans[-3:]) < np.log(TINY.vocab_size) - 0.5  # better than to guess
+    for kind in ("sentences", "instructions"):
+        losses = [record[f"loss_{kind}"] for record in log if f"loss_{kind}" in record]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3]), kind
     export(training, tmp_path / "model")
     base = load_base(BaseSpec(model=str(tmp_path / "model"), dtype="bfloat16"), "cpu")
     row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").strip().split("\n")[-1])
