@@ -1,6 +1,6 @@
 """Batches of few fixed shapes, each a pure function of a seed and its number, so that a resumed run goes on with the next one.
 
-Dims: B rows, T input positions, U target positions, N sentences, H hidden.
+Dims: B rows, P pairs of a row and another of its options, T input positions, U target positions, N sentences, H hidden.
 """
 
 from __future__ import annotations
@@ -29,6 +29,21 @@ LEAST_EXAMPLES_IN_CHUNK = 1024
 """At least so many, and half the tokens of a batch: sorted by length, most batches are then full."""
 SPAN_BATCHES_IN_CHUNK = 16
 MAX_SENTENCE_TOKENS = 64
+MAX_OTHERS = 6
+"""Wrong options of an example that its answer is held against."""
+PAIRS_MULTIPLE = 32
+Encoded = tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]
+"""Prompt, answer, and wrong options."""
+
+
+@dataclass(frozen=True)
+class Others:
+    """Wrong options of a batch's rows. Pairs that fill up belong to row B and have no target that counts."""
+
+    targets_PU: Tensor
+    row_P: Tensor
+    place_P: Tensor
+    """Which of its row's wrong options it is, from 1."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,7 @@ class Batch:
     """Input and target tokens that are no padding."""
     vectors_RH: Tensor | None = None
     """What the encoder's mean state should point to, for the first R rows: all that are no padding."""
+    others: Others | None = None
 
 
 class SpanChunks(Dataset[list[Batch]]):
@@ -75,7 +91,7 @@ class InstructionChunks(Dataset[list[Batch]]):
     def __getitem__(self, number: int) -> list[Batch]:
         rng = random.Random(f"{self.seed} instructions {number}")
         num_examples = max(LEAST_EXAMPLES_IN_CHUNK, self.batch_tokens // 2)
-        encoded = [row for _ in range(num_examples) if (row := encode(self.mixture.draw(rng), self.tokenizer))]
+        encoded = [row for _ in range(num_examples) if (row := encode(self.mixture.draw(rng), self.tokenizer, rng))]
         batches = []
         for width in TARGET_LENGTHS:
             narrower = [other for other in TARGET_LENGTHS if other < width]
@@ -84,7 +100,8 @@ class InstructionChunks(Dataset[list[Batch]]):
             while rows:
                 length = _at_least(len(rows[0][0]), INPUT_LENGTHS)
                 num_rows = max(1, self.batch_tokens // length)
-                batches.append(padded("instructions", rows[:num_rows], num_rows, length, width))
+                batch = padded("instructions", [row[:2] for row in rows[:num_rows]], num_rows, length, width)
+                batches.append(replace(batch, others=_others([row[2] for row in rows[:num_rows]], num_rows, width)))
                 rows = rows[num_rows:]
         rng.shuffle(batches)
         return batches
@@ -115,14 +132,26 @@ class SentenceChunks(Dataset[list[Batch]]):
         return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def encode(drawn: Drawn, tokenizer: Any) -> tuple[Sequence[int], Sequence[int]] | None:
+def encode(drawn: Drawn, tokenizer: Any, rng: random.Random) -> Encoded | None:
     """Tokenise an example as training and serving do; None where its labels alone are too long, or its answer."""
     try:
         prompt = encode_prompt(drawn.prompt_format(INPUT_LENGTHS[-1]), {"text": drawn.text}, tokenizer)
     except DataError:
         return None
-    answer_ids = tokenizer(drawn.answer)["input_ids"]
-    return (prompt.token_ids, answer_ids) if len(answer_ids) <= TARGET_LENGTHS[-1] else None
+    wrong = [label for label, _ in drawn.labels if label != drawn.answer]
+    others = rng.sample(wrong, min(len(wrong), MAX_OTHERS))
+    answer_ids, *others_ids = tokenizer([drawn.answer, *others])["input_ids"]
+    return (prompt.token_ids, answer_ids, others_ids) if len(answer_ids) <= TARGET_LENGTHS[-1] else None
+
+
+def _others(options: Sequence[Sequence[Sequence[int]]], num_rows: int, width: int) -> Others:
+    """Write the wrong options of some rows; those that are longer than the answers of the batch are left out."""
+    pairs = [(row, place, ids) for row, every in enumerate(options) for place, ids in enumerate(every, 1) if len(ids) <= width]
+    num_pairs = max(1, -(-len(pairs) // PAIRS_MULTIPLE)) * PAIRS_MULTIPLE
+    targets_PU = padded("", [((), ids) for _, _, ids in pairs], num_pairs, 1, width).targets_BU
+    filling = [(num_rows, 1)] * (num_pairs - len(pairs))
+    row_P, place_P = torch.tensor([pair[:2] for pair in pairs] + filling).unbind(1)
+    return Others(targets_PU, row_P, place_P)
 
 
 def padded(kind: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], num_rows: int, length: int, width: int) -> Batch:

@@ -3,10 +3,10 @@
     python bases/pretrain.py --data DIR --out DIR --minutes 115
 
 The same command goes on where it was killed. What happens, in order: read the text and drop what overlaps with the judging
-tasks; train a tokenizer; let a sentence encoder say which phrases fit which sentences; count first word vectors; train by
-span corruption alone, then mostly on instructions, with a learning rate that is zero when the minutes end; export. On a GPU
-it computes in bf16, on a CPU in float32. Beside
-other work on the same cores set OMP_WAIT_POLICY=passive: threads that wait by spinning took three quarters of the speed.
+tasks; train a tokenizer; let a sentence encoder, the teacher, give sentences their vectors and say which phrases fit them; fit
+the T5's encoder to the teacher's layers; train by span corruption and on the sentences' vectors, then mostly on instructions,
+with a learning rate that is zero when the minutes end; export. On a GPU it computes in bf16, on a CPU in float32. Beside other
+work on the same cores set OMP_WAIT_POLICY=passive: threads that wait by spinning took three quarters of the speed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, 
 from bases.corpus import encode_lines, mixed_lines, read_texts, save_array, train_tokenizer
 from bases.heldout import Heldout
 from bases.mixture import Mixture, label_counts, read_mixture, split_sentences
+from bases.model import MINI, SMALL
 from bases.overlap import JudgingTexts
 from bases.teacher import TEACHER, Matches, choose_phrases, choose_sentences, label_sentences
-from bases.training import MINI, SMALL, Prepared, Settings, Show, Training
+from bases.training import Prepared, Settings, Show, Training
 
 
 def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepared:
@@ -46,9 +47,12 @@ def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepa
     texts, mixture = read_clean(settings, say)
     lines = mixed_lines(texts, settings.seed)
     if not folder.exists():
-        say(f"training a tokenizer on {len(lines)} lines")
         partial = folder.with_suffix(".partial")
-        train_tokenizer(lines, settings.size.vocab_size).save_pretrained(partial)
+        if settings.start:
+            T5Tokenizer.from_pretrained(settings.start).save_pretrained(partial)
+        else:
+            say(f"training a tokenizer on {len(lines)} lines")
+            train_tokenizer(lines, settings.size.vocab_size).save_pretrained(partial)
         os.replace(partial, folder)
     tokenizer = T5Tokenizer.from_pretrained(folder)
     if not tokens_file.exists():
@@ -59,8 +63,8 @@ def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepa
         sentences = choose_sentences(texts, split_sentences, settings.num_matches, settings.seed)
         phrases = choose_phrases(label_counts(mixture), mixture.words)
         say(f"matching {len(sentences)} sentences with {len(phrases)} phrases by {TEACHER}")
-        matches, vectors_NH = label_sentences(sentences, phrases, settings.seed, show)
-        save_array(vectors_NH.half().numpy(), vectors_file)
+        matches, labelled_NH = label_sentences(sentences, phrases, settings.seed, show)
+        save_array(labelled_NH.half().numpy(), vectors_file)
         matches.write(matches_file)
     mixture = replace(mixture, matches=Matches.read(matches_file))
     vectors_NH = np.load(vectors_file, mmap_mode="r") if matches_file.exists() else np.empty((0, 0), dtype=np.float16)
@@ -128,6 +132,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     where = os.environ.get("PRETRAIN_DATA")
     parser.add_argument("--data", type=Path, default=where, required=where is None, help="folder with corpus/ and instructions/")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and the exported base")
+    parser.add_argument("--start", type=Path, help="an exported base (bases/t5-mini) to train further")
     parser.add_argument("--minutes", type=float, default=115, help="time from start to the last step")
     parser.add_argument("--steps", type=int, help="train so many steps instead: the result then depends on the seed alone")
     parser.add_argument("--small", action="store_true", help="a tiny model on a part of the text, which proves the recipe")
@@ -150,8 +155,9 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     part = given.corpus_part or (0.05 if given.small else 1.0)
     num_matches = (1000 if given.small else 200_000) if given.matches is None else given.matches
     return Settings(
-        data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, corpus_part=part,
-        steps=given.steps, instructions_from=given.instructions_from, instructions_share=given.instructions_share,
+        data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, start=given.start,
+        corpus_part=part, steps=given.steps, instructions_from=given.instructions_from,
+        instructions_share=given.instructions_share,
         matrix_rate=given.matrix_rate, learning_rate=given.learning_rate, batch_tokens=given.batch_tokens, seed=given.seed,
         num_loaders=given.loaders, compile=given.compile, max_characters=given.max_characters, num_matches=num_matches,
     )  # fmt: skip

@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
-from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerFF, T5LayerSelfAttention
+from transformers import T5ForConditionalGeneration, T5Tokenizer
 
 from bases.batches import (
-    EOS,
     INPUT_LENGTHS,
     PAD,
     SPAN_INPUT_TOKENS,
@@ -37,31 +35,17 @@ from bases.batches import (
     padded,
     stream,
 )
-from bases.corpus import VOCAB_SIZE, sentinel_id
+from bases.corpus import sentinel_id
 from bases.heldout import Heldout, evaluate
+from bases.losses import mean_states, options_loss
 from bases.mixture import Mixture
+from bases.model import Size, build_model, build_optimizers, compile_layers
 from bases.teacher import TEACHER
 from bases.transplant import transplant_teacher
 from multilora.errors import DataError
 
 Show = Callable[[float, str], None]
 """Shows progress (0 to 1) and a line about it."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large the base is. A shallow decoder scores labels cheaply, and labels need no more."""
-
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_decoder_layers: int
-    num_heads: int
-    vocab_size: int
-
-
-MINI = Size(d_model=384, d_ff=1536, num_layers=6, num_decoder_layers=2, num_heads=12, vocab_size=VOCAB_SIZE)
-SMALL = Size(d_model=384, d_ff=1536, num_layers=2, num_decoder_layers=1, num_heads=12, vocab_size=4096)
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,8 @@ class Settings:
     out: Path
     size: Size
     minutes: float
+    start: Path | None = None
+    """An exported base to train further, with its tokenizer; without one the run begins with the teacher."""
     corpus_part: float = 1.0
     steps: int | None = None
     """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
@@ -106,10 +92,7 @@ class Settings:
 
 
 WARMUP, DECAY_FROM = 0.02, 0.3
-RATE_OF_KNOWN = 0.5
-"""Of the learning rate, for what came from the teacher."""
 SENTENCE_LOSS_WEIGHT = 10
-MIN_SCALE, MAX_SCALE, VECTOR_SCALE = 0.02, 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -137,55 +120,6 @@ class Position:
     """The next batch of each stream: (chunk, batch in it)."""
     sentences: tuple[int, int] = (0, 0)
     instructions: tuple[int, int] = (0, 0)
-
-
-def build_model(size: Size, seed: int) -> T5ForConditionalGeneration:
-    """Build a T5 with GELU, like the teacher, whose head shares the embeddings: they are a fifth of so small a model."""
-    config = T5Config(
-        vocab_size=size.vocab_size, d_model=size.d_model, d_ff=size.d_ff, d_kv=size.d_model // size.num_heads,
-        num_layers=size.num_layers, num_decoder_layers=size.num_decoder_layers, num_heads=size.num_heads,
-        feed_forward_proj="gelu", dropout_rate=0.0, tie_word_embeddings=True,
-        pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return T5ForConditionalGeneration(config)
-
-
-def build_optimizers(model: T5ForConditionalGeneration, settings: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, each tensor's peak rate going by its first values; on a GPU, Muon for the matrices of the layers.
-
-    On a CPU Muon's orthogonalisation takes longer than the passes. Embeddings start 16 times larger than matrices. What came
-    from the teacher learns more slowly. Each group notes its highest rate as `peak`.
-    """
-    known = {id(parameter) for parameter in model.get_encoder().parameters()}
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    muons: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    for parameter in model.parameters():
-        part = RATE_OF_KNOWN if id(parameter) in known else 1.0
-        if parameter.is_cuda and parameter.ndim == 2 and id(parameter) not in embeddings:
-            muons.append({"params": [parameter], "peak": settings.matrix_rate * part})
-        else:
-            scale = float(parameter.detach().pow(2).mean().sqrt())
-            scale = VECTOR_SCALE if parameter.ndim == 1 else min(max(scale, MIN_SCALE), MAX_SCALE)
-            others.append({"params": [parameter], "peak": settings.learning_rate * part * scale})
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    return [adamw, torch.optim.Muon(muons, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if muons else [adamw]
-
-
-def compile_layers(model: T5ForConditionalGeneration) -> None:
-    """Compile what all layers share, once for all shapes: compiling the whole model for each takes longer than it saves."""
-    torch._dynamo.config.recompile_limit = 64  # the layers with and without position bias, and batches with T = B
-    for module in model.modules():
-        if isinstance(module, T5LayerFF | T5LayerSelfAttention | T5LayerCrossAttention):
-            module.compile(dynamic=True)
-
-
-def mean_states(model: T5ForConditionalGeneration, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Return the mean [B, H] of the encoder's last states."""
-    states_BTH: Tensor = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-    return (states_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
 def rate_factor(progress: float) -> float:
@@ -217,10 +151,12 @@ class Training:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(settings.size, settings.seed)
         self.file = settings.out / "checkpoint.safetensors"
-        if not self.file.exists():
+        if settings.start:
+            self.model = T5ForConditionalGeneration.from_pretrained(settings.start, dtype=torch.float32).train()
+        elif not self.file.exists():
             say(f"fitting the encoder to {TEACHER}")
             transplant_teacher(self.model, prepared.tokenizer, prepared.mixture.sentences, settings.seed)
-        self.optimizers = build_optimizers(self.model.to(self.device), settings)
+        self.optimizers = build_optimizers(self.model.to(self.device), settings.learning_rate, settings.matrix_rate)
         if settings.compile:
             compile_layers(self.model)
             self._compile_now()
@@ -295,6 +231,8 @@ class Training:
                 pooled_BH = mean_states(self.model, ids_BT, mask_BT)
                 vectors_RH = batch.vectors_RH.to(self.device).float()
                 return SENTENCE_LOSS_WEIGHT * (1 - F.cosine_similarity(pooled_BH[: len(vectors_RH)], vectors_RH).mean())
+            if batch.others is not None:
+                return options_loss(self.model, ids_BT, mask_BT, targets_BU, batch.others)
             loss: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=targets_BU, use_cache=False).loss
         return loss
 

@@ -16,11 +16,13 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
 from bases.corpus import corrupt_spans, sentinel_id, target_length, text_length
 from bases.heldout import Heldout, evaluate, label_scores
+from bases.losses import mean_states, options_loss
 from bases.mixture import UNSEEN, draw_match, plain_row, read_tasks
+from bases.model import Size, build_model
 from bases.overlap import JudgingTexts
 from bases.pretrain import export, prepare
 from bases.teacher import TEACHER, Matches, embed, is_said, label_sentences
-from bases.training import Prepared, Settings, Size, Training, build_model, mean_states, rate_factor
+from bases.training import Prepared, Settings, Training, rate_factor
 from bases.transplant import transplant
 from multilora.base_model import load_base
 from multilora.lora import AdapterSlots
@@ -183,7 +185,7 @@ def test_training_prompt_is_the_serving_prompt(prepared: Prepared) -> None:
     rng = random.Random(1)
     one = next(drawn for _ in range(100) if (drawn := prepared.mixture.draw(rng)).labels)
     served = PromptFormat("seq2seq", one.instruction, "text", one.labels, INPUT_LENGTHS[-1])
-    encoded = encode(one, prepared.tokenizer)
+    encoded = encode(one, prepared.tokenizer, rng)
     assert encoded is not None
     assert encoded[0] == encode_prompt(served, {"text": one.text}, prepared.tokenizer).token_ids
 
@@ -233,6 +235,31 @@ def test_loss_falls_and_the_export_scores_like_the_recipe(settings: Settings, pr
     (served,) = score_labels(base, slots, [ScoringRow(prompt, None, labels)])
     (mine,) = label_scores(training.model, [prompt], [[prepared.tokenizer(name)["input_ids"] for name in labels.names]])
     assert torch.allclose(served, mine, atol=0.3)
+
+
+def test_the_loss_of_a_choice_is_that_of_the_scores_one_by_one(prepared: Prepared) -> None:
+    model = build_model(TINY, 0).eval()
+    batch = max(
+        InstructionChunks(prepared.mixture, prepared.tokenizer, 512, 0)[0], key=lambda batch: int(batch.others.place_P.max())
+    )
+    assert batch.others is not None
+    targets_BU = batch.targets_BU.long()
+    answers = [row[row != IGNORED].tolist() for row in targets_BU if (row != IGNORED).any()]
+    options = [[answer] for answer in answers]
+    for row, targets_U in zip(batch.others.row_P.tolist(), batch.others.targets_PU, strict=True):
+        if (targets_U != IGNORED).any():
+            options[row].append(targets_U[targets_U != IGNORED].tolist())
+    assert max(map(len, options)) > 3
+    prompts = [ids[ids != PAD].tolist() for ids in batch.ids_BT[: len(answers)]]
+    scores = label_scores(model, prompts, options)
+    num_tokens = sum(map(len, answers))
+    expected = sum(-scores_L[0] for scores_L in scores) / num_tokens + sum(
+        scores_L.logsumexp(0) - scores_L[0] for scores_L in scores
+    ) / len(scores)
+    ids_BT = batch.ids_BT.long()
+    with torch.no_grad():
+        loss = options_loss(model, ids_BT, (ids_BT != PAD).long(), targets_BU, batch.others)
+    assert torch.allclose(loss, torch.as_tensor(expected), rtol=1e-4)
 
 
 def test_evaluation_names_every_closed_task(prepared: Prepared, settings: Settings, tmp_path: Path) -> None:
