@@ -138,8 +138,7 @@ def encode(drawn: Drawn, tokenizer: Any, rng: random.Random) -> Encoded | None:
         prompt = encode_prompt(drawn.prompt_format(INPUT_LENGTHS[-1]), {"text": drawn.text}, tokenizer)
     except DataError:
         return None
-    wrong = [label for label, _ in drawn.labels if label != drawn.answer]
-    others = rng.sample(wrong, min(len(wrong), MAX_OTHERS))
+    others = rng.sample(drawn.wrong, min(len(drawn.wrong), MAX_OTHERS))
     answer_ids, *others_ids = tokenizer([drawn.answer, *others])["input_ids"]
     return (prompt.token_ids, answer_ids, others_ids) if len(answer_ids) <= TARGET_LENGTHS[-1] else None
 

@@ -46,8 +46,9 @@ LABELLING = ("intent", "dialogue", "topic", "sentiment", "science", "discourse")
 OPEN_ENDED_WEIGHT = 0.25
 MAX_QUESTION_CHARACTERS = 240
 MAX_ANSWER_CHARACTERS = 160
-SHARE_OF_KIND = {"rows": 0.5, "gloss": 0.14, "blank": 0.08, "opinion": 0.08, "match": 0.2}
-SHARE_WITHOUT_LABELS = 0.08
+SHARE_OF_KIND = {"rows": 0.4, "gloss": 0.08, "blank": 0.06, "opinion": 0.06, "match": 0.4}
+SHARE_WITHOUT_LABELS, SHARE_OF_MATCHES_WITHOUT_LABELS = 0.15, 0.6
+"""Without a list the base learns which words a text calls for: prompts are short, and what it knows of texts is enough."""
 SHARE_RENAMED, SHARE_MEANT, SHARE_SYNONYMS, SHARE_RESTYLED = 0.15, 0.15, 0.5, 0.2
 MAX_LABELS = 20
 NUM_COMMON, NUM_WORDS, NUM_KNOWN = 150, 6000, 15_000
@@ -68,6 +69,8 @@ class Drawn:
     text: str
     labels: tuple[Label, ...]
     answer: str
+    wrong: tuple[str, ...] = ()
+    """Options that are not the answer, also where the prompt does not list them."""
 
     def prompt_format(self, max_length_tokens: int) -> PromptFormat:
         """Return the format that a task with this instruction and these labels would have."""
@@ -176,6 +179,9 @@ def draw_match(matches: Matches, words: Sequence[str], rng: random.Random) -> Dr
               *(rng.randrange(len(matches.phrases)) for _ in range(rng.randint(1, 12)))}  # fmt: skip
     gold = matches.phrases[rng.choice(row.fitting)]
     phrases = [*(matches.phrases[place] for place in sorted(others - set(row.fitting))), gold]
+    if rng.random() < SHARE_OF_MATCHES_WITHOUT_LABELS:
+        labels = [(phrase, "") for phrase in dict.fromkeys(phrases)]
+        return _framed(rng, BARE_FRAMES, rng.choice(QUESTIONS["match"]), "match", row.text, labels, gold)
     if rng.random() < SHARE_RENAMED:  # the label says nothing, only its meaning does
         phrases = phrases[-6:]
         tags = _names_without_meaning(rng, len(phrases), words)
@@ -190,9 +196,9 @@ def word_row(task: Task, row: Mapping[str, Any], words: Sequence[str], rng: rand
     question = _question(task, rng)
     if not options:
         return _framed(rng, BARE_FRAMES, question, task.family, text, (), answer)
-    if (task.kind == "closed" or all(option in text for option in options)) and rng.random() < SHARE_WITHOUT_LABELS:
-        return _framed(rng, BARE_FRAMES, question, task.family, text, (), answer)
     labels = [(option, "") for option in dict.fromkeys(options)]
+    if (task.kind == "closed" or all(option in text for option in options)) and rng.random() < SHARE_WITHOUT_LABELS:
+        return _framed(rng, BARE_FRAMES, question, task.family, text, labels, answer)
     if all(ENUMERATED.match(option) for option in options):  # the input says what A and B are
         rng.shuffle(labels)
         return _framed(rng, FRAMES, question, task.family, text, labels, answer)
@@ -315,7 +321,8 @@ def _framed(
     instruction = (
         frame.replace("{question}", _literal(question)).replace("{field}", name).replace("{cue}", _weighted(rng, CUES)).strip()
     )
-    return Drawn(instruction, text, tuple(labels), answer)
+    wrong = tuple(label for label, _ in labels if label != answer)
+    return Drawn(instruction, text, tuple(labels) if frames is FRAMES else (), answer, wrong)
 
 
 def _question(task: Task, rng: random.Random) -> str:

@@ -123,14 +123,19 @@ def test_options_stand_in_the_prompt_and_the_answer_is_one(prepared: Prepared) -
     rng = random.Random(0)
     drawn = [prepared.mixture.draw(rng) for _ in range(500)]
     with_labels = [one for one in drawn if one.labels]
-    assert 300 < len(with_labels) < 500
+    assert 250 < len(with_labels) < 450
     for one in with_labels:
         prompt = one.prompt_format(256).render({"text": one.text})
         assert one.answer in [label for label, _ in one.labels]
         assert len({label for label, _ in one.labels}) == len(one.labels) > 1
+        assert {one.answer, *one.wrong} == {label for label, _ in one.labels}
         for label, meaning in one.labels:
             assert f"- {label}: {meaning}" in prompt if meaning else f"- {label}" in prompt
     assert any(meaning for one in with_labels for _, meaning in one.labels)
+    for one in drawn:  # what a prompt does not list is held against the answer all the same
+        assert one.answer not in one.wrong
+        assert one.labels or one.instruction.count("{labels}") == 0
+    assert any(one.wrong for one in drawn if not one.labels)
     places = {[label for label, _ in one.labels].index(one.answer) for one in with_labels}
     assert {0, 1, 2} <= places
 
@@ -145,8 +150,9 @@ def test_the_teacher_matches_sentences_with_phrases_that_they_do_not_say(setting
         assert not any(is_said(matches.phrases[place], row.text) for place in (*row.fitting, *row.near))
     rng = random.Random(0)
     for drawn in (draw_match(matches, prepared.mixture.words, rng) for _ in range(100)):
-        assert drawn.answer in [label for label, _ in drawn.labels]
-        assert len({label for label, _ in drawn.labels}) == len(drawn.labels) > 1
+        assert drawn.wrong
+        assert drawn.answer not in drawn.wrong
+        assert not drawn.labels or {drawn.answer, *drawn.wrong} == {label for label, _ in drawn.labels}
 
 
 def test_teacher_finds_the_phrase_that_a_sentence_is_about() -> None:
