@@ -67,7 +67,7 @@ class Settings:
     """Part of the batches after that which are instructions; half of the others are sentences with vectors, half spans."""
     matrix_rate: float = 3e-3
     """Learning rate of the layers' matrices on a GPU, by Muon, in AdamW's scale."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     """Of all else, by AdamW, relative to the root mean square of a tensor's first values, as in Adafactor."""
     max_characters: int = 900
     """Of the input of an instruction row; the longest cost the most and teach the least."""

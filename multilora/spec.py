@@ -37,7 +37,7 @@ class BaseSpec(Part):
     """The frozen base model that the task's adapter belongs to."""
 
     model: str = Field(min_length=1)
-    """Hugging Face model id, or a folder (starting with ./, ../ or /) in transformers format with safetensors weights."""
+    """Hugging Face model id, `t5-mini` (which comes with this project), or a folder (./, ../ or /) with safetensors weights."""
     revision: str | None = None
     """Hub commit, tag or branch; omit for the default branch or a local folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -95,6 +95,12 @@ def test_installed_wheel_needs_no_download():
     assert (files.family, files.num_layers, files.hidden_size, files.num_parameters) == ("encoder", 6, 384, 22_713_728)
 
 
+def test_t5_mini_comes_with_the_project_and_stays_small():
+    files = find_base(BaseSpec(model="t5-mini"))
+    assert (files.family, files.num_layers, files.hidden_size, files.max_positions) == ("seq2seq", 6, 384, None)
+    assert sum(file.stat().st_size for file in files.folder.iterdir()) < 40_000_000
+
+
 # Fingerprint
 
 
