@@ -153,7 +153,7 @@ def _others(options: Sequence[Sequence[Sequence[int]]], num_rows: int, width: in
     return Others(targets_PU, row_P, place_P)
 
 
-def padded(kind: str, rows: Sequence[tuple[Sequence[int], Sequence[int]]], num_rows: int, length: int, width: int) -> Batch:
+def padded(kind: str, rows: Sequence[tuple[Any, Any]], num_rows: int, length: int, width: int) -> Batch:
     """Write rows into one shape; missing rows hold an end token that no target belongs to."""
     ids_BT = np.full((num_rows, length), PAD, dtype=np.int32)
     targets_BU = np.full((num_rows, width), IGNORED, dtype=np.int32)

@@ -109,4 +109,4 @@ def label_scores(
         use_cache=False,
     ).logits.float()
     losses_PU = F.cross_entropy(logits_PUV.transpose(1, 2), targets_PU, ignore_index=IGNORED, reduction="none")
-    return list((-losses_PU.sum(1)).split(counts.tolist()))
+    return list(torch.split(-losses_PU.sum(1), counts.tolist()))

@@ -182,9 +182,10 @@ class Training:
             kind = self.kind_of_step(progress)
             batch, following = next(streams[kind])
             window.add(kind, self.train_step(batch, rate_factor(progress)))
+            place: dict[str, Any] = {kind: following}
             self.position = replace(
                 self.position, step=self.position.step + 1, elapsed_s=time.monotonic() - started,
-                num_tokens=self.position.num_tokens + batch.num_tokens, **{kind: following},
+                num_tokens=self.position.num_tokens + batch.num_tokens, **place,
             )  # fmt: skip
             if time.monotonic() - window.since > settings.log_s:
                 self._report(window)
@@ -216,7 +217,7 @@ class Training:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
         loss = self._loss(batch)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -239,7 +240,8 @@ class Training:
     def _compile_now(self) -> None:
         """Compile forward and backward pass before the first step: the learning rate goes by the clock."""
         for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[1]), (INPUT_LENGTHS[1], TARGET_LENGTHS[0])):
-            self._loss(padded("", [], max(1, self.settings.batch_tokens // length), length, width)).backward()
+            loss = self._loss(padded("", [], max(1, self.settings.batch_tokens // length), length, width))
+            torch.autograd.backward(loss)
             self.model.zero_grad(set_to_none=True)
 
     def judge(self) -> None:
@@ -284,9 +286,8 @@ class Training:
                 group["peak"] = peak  # it went by first values
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.say(f"going on from step {header['position']['step']}")
-        return Position(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in header["position"].items()}
-        )
+        position: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in header["position"].items()}
+        return Position(**position)
 
     def _is_checkpoint_due(self, since_s: float) -> bool:
         if self.settings.checkpoint_steps is not None:

@@ -42,7 +42,8 @@ def fit(inputs_NK: Tensor, outputs_NM: Tensor) -> Tensor:
     """Return the matrix [M, K] that maps inputs to outputs with the least squared error; it has no bias."""
     gram_KK = (inputs_NK.T @ inputs_NK).double()
     gram_KK += torch.eye(len(gram_KK)) * RIDGE * gram_KK.diagonal().mean()
-    return torch.linalg.solve(gram_KK, (inputs_NK.T @ outputs_NM).double()).T.float()
+    matrix_KM: Tensor = torch.linalg.solve(gram_KK, (inputs_NK.T @ outputs_NM).double())
+    return matrix_KM.T.float()
 
 
 def piece_vectors(bert: BertModel, bert_tokenizer: Any, tokenizer: T5Tokenizer) -> Tensor:
