@@ -36,7 +36,7 @@ EXIT_INTERRUPTED = 130
 
 @submit_app.command(
     epilog="Examples: orchestrator submit tasks/*.yaml; orchestrator submit tasks/client-talk.yaml --search; "
-    "orchestrator submit tasks/*.yaml --base t5-mini --workspace .orchestrator/t5-mini"
+    "orchestrator submit tasks/*.yaml --base t5-mini"
 )
 def submit(
     files: Annotated[
