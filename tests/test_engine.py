@@ -23,8 +23,10 @@ from tiny_adapters import CARDS, MAIL, MOOD, TEXTS, item_of, tiny_prompt_format
 from multilora.artifact import CARD, CONFIG, WEIGHTS, read_artifact
 from multilora.base_model import load_base
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
+from multilora.scoring import LabelSet
 from multilora.spec import BaseSpec
 from serve.answer import softmax
+from serve.canaries import canary_rows, check_canaries
 from serve.engine import Engine, Work
 
 TASKS = (CARDS, MOOD, MAIL)
@@ -501,6 +503,25 @@ def test_adapter_without_effect_is_refused_even_with_fitting_canaries(make_engin
     with pytest.raises(AdapterError, match="cards@1: canary scores equal the base's, so the adapter has no effect"):
         engine.bind(read_artifact(folder), 1)
     assert engine.residents == {}
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_one_canary_that_changes_is_effect_enough(fresh_base, tiny_adapter, which):
+    base, card = fresh_base("encoder"), tiny_adapter("encoder", CARDS).card
+    trained = [canary.scores for canary in card.canaries]
+    assert len(trained) > 1
+    plain = [*trained]
+    plain[which] = [score + 1e-3 for score in trained[which]]
+    labels = LabelSet(tuple(name for name, _ in CARDS.labels), None, ())
+    prompts = [row.token_ids for row in canary_rows("cards@1", card, labels, base)]
+
+    def scores_of(rows):
+        return [(plain if row.slot is None else trained)[prompts.index(row.token_ids)] for row in rows]
+
+    check_canaries("cards@1", card, labels, 0, base, scores_of)
+    plain = trained
+    with pytest.raises(AdapterError, match="no effect"):
+        check_canaries("cards@1", card, labels, 0, base, scores_of)
 
 
 def test_changed_byte_is_refused_by_its_digest(tiny_adapter, tmp_path):
