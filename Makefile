@@ -20,7 +20,7 @@ demo: $(READY)
 
 # Two processes share the unit tests; an end-to-end test wants the machine for itself.
 test: $(READY)
-	$(UNIT) -m "not e2e"
+	$(UNIT) -m "not e2e" --durations 30
 	$(BIN)/python -m pytest -m "e2e and not long" --durations 12
 
 test-fast: $(READY)

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import count
@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # tiny adapters
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, also when run as a script
 
-import httpx
+import aiohttp
 import numpy as np
 import psutil
 import torch
@@ -80,18 +80,18 @@ def main() -> int:
     model = MINILM if find_spec(EMBEDDED[MINILM].package) else "tiny encoder"
     settings = Settings(False, given.json, 1, math.inf, torch.device("cpu"))
     report = Report("soak", settings, {"minutes": given.minutes, "share": SHARE, "base": model, "num_adapters": len(TASKS)})
-    with tempfile.TemporaryDirectory() as folder, endpoint(Path(folder), model) as (url, family):
-        asyncio.run(soak(url, family, given.minutes * 60, report))
+    with tempfile.TemporaryDirectory() as folder, endpoint(Path(folder), model) as (url, pid):
+        asyncio.run(soak(url, pid, given.minutes * 60, report))
     return report.finish()
 
 
-async def soak(url: str, family: Sequence[psutil.Process], seconds: float, report: Report) -> None:
+async def soak(url: str, pid: int, seconds: float, report: Report) -> None:
     """Ask for the right answers, find the most requests a second, then ask at a share of it."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(60)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as client:
         expected = [await ask(client, *question) for question in QUESTIONS]
         most = await most_per_second(client)
-        seen = await under_load(client, expected, SHARE * most, seconds, family)
+        seen = await under_load(client, expected, SHARE * most, seconds, pid)
     report.ratios |= {"max_per_s": most, "rate_per_s": SHARE * most}
     for minute in range(math.ceil(seconds / 60)):
         add_minute(report, seen, minute)
@@ -102,13 +102,13 @@ async def soak(url: str, family: Sequence[psutil.Process], seconds: float, repor
     report.add(Row("all", "errors", difference=float(len(seen.errors)), tolerance=0.0, note=note))
 
 
-async def ask(client: httpx.AsyncClient, task: str, text: str) -> list[float]:
-    """Probabilities of one text's labels. Raises httpx.HTTPError."""
-    response = await client.post("/v1/classify", json={"model": task, "input": text})
-    return list(response.raise_for_status().json()["results"][0]["probabilities"].values())
+async def ask(client: aiohttp.ClientSession, task: str, text: str) -> list[float]:
+    """Probabilities of one text's labels. Raises ClientError, TimeoutError."""
+    async with client.post("/v1/classify", json={"model": task, "input": text}, raise_for_status=True) as response:
+        return list((await response.json())["results"][0]["probabilities"].values())
 
 
-async def most_per_second(client: httpx.AsyncClient) -> float:
+async def most_per_second(client: aiohttp.ClientSession) -> float:
     """Requests a second that clients get answered who ask again as soon as they have an answer."""
     ends, numbers = time.monotonic() + MEASURE_S, count()
 
@@ -121,11 +121,11 @@ async def most_per_second(client: httpx.AsyncClient) -> float:
 
 
 async def under_load(
-    client: httpx.AsyncClient,
+    client: aiohttp.ClientSession,
     expected: Sequence[Sequence[float]],
     rate: float,
     seconds: float,
-    family: Sequence[psutil.Process],
+    pid: int,
 ) -> Soak:
     """Send requests at fixed times and look at the processes meanwhile."""
     seen, began = Soak(), time.monotonic()
@@ -136,29 +136,35 @@ async def under_load(
             answer = await ask(client, *QUESTIONS[which])
             if not np.allclose(answer, expected[which], atol=TOLERANCE):
                 seen.errors.append((due, f"{QUESTIONS[which]}: {answer}, before {expected[which]}"))
-        except httpx.HTTPError as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             seen.errors.append((due, repr(error)))
         seen.latencies_s.append((due, time.monotonic() - began - due))
 
     async def watch() -> None:
         while True:
-            seen.samples.append((time.monotonic() - began, sample(family)))
+            seen.samples.append((time.monotonic() - began, sample(pid)))
             await asyncio.sleep(SAMPLE_EVERY_S)
 
-    watching = asyncio.create_task(watch())
-    async with asyncio.TaskGroup() as asking:
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
-            asking.create_task(one(number, number / rate))
-    watching.cancel()
+    async with asyncio.TaskGroup() as both:  # a watch that fails ends the load
+        watching = both.create_task(watch())
+        async with asyncio.TaskGroup() as asking:
+            for number in range(int(rate * seconds)):
+                await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+                asking.create_task(one(number, number / rate))
+        watching.cancel()
     return seen
 
 
-def sample(family: Sequence[psutil.Process]) -> dict[str, float]:
-    """Resident MiB and open files of the replica and of HAProxy."""
-    values = {}
-    for name, process in zip(("replica", "haproxy"), family, strict=True):
-        values |= {f"{name}_mib": process.memory_info().rss / MIB, f"{name}_fds": float(process.num_fds())}
+def sample(pid: int) -> dict[str, float]:
+    """Resident MiB and open files of the replica and of HAProxy, which begins a new process with each new configuration."""
+    values = dict.fromkeys(("replica_mib", "replica_fds", "haproxy_mib", "haproxy_fds"), 0.0)
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            is_replica = "ServeReplica:adapters" in " ".join(process.cmdline())
+            if is_replica or process.name() == "haproxy":
+                name = "replica" if is_replica else "haproxy"
+                values[f"{name}_mib"] += process.memory_info().rss / MIB
+                values[f"{name}_fds"] += process.num_fds()
     return values
 
 
@@ -182,18 +188,18 @@ def add_memory(report: Report, seen: Soak, seconds: float) -> None:
     points = [(at / 60, values) for at, values in seen.samples if at >= start]
     for name in ("replica_mib", "haproxy_mib"):
         fit = linregress([at for at, _ in points], [values[name] for _, values in points])
-        half = float(t.ppf(0.975, len(points) - 2)) * fit.stderr
-        report.ratios[f"{name}_per_minute"] = float(fit.slope)
-        verdict = "memory flat" if fit.slope + half < FLAT_MIB_PER_MINUTE else "MEMORY GROWS, or the run is too short to tell"
-        note = f"{verdict}: {fit.slope:.3f} MiB a minute, 95 % interval {fit.slope - half:.3f} to {fit.slope + half:.3f}"
+        slope, half = float(fit.slope), float(t.ppf(0.975, len(points) - 2) * fit.stderr)
+        report.ratios[f"{name}_per_minute"] = slope
+        verdict = "memory flat" if slope + half < FLAT_MIB_PER_MINUTE else "MEMORY GROWS, or the run is too short to tell"
+        note = f"{verdict}: {slope:.3f} MiB a minute, 95 % interval {slope - half:.3f} to {slope + half:.3f}"
         # Under two minutes the memory that the load itself takes is still growing.
         counts = seconds >= 120
-        report.add(Row("memory", name, None, None, fit.slope + half if counts else None, FLAT_MIB_PER_MINUTE, note))
+        report.add(Row("memory", name, None, None, slope + half if counts else None, FLAT_MIB_PER_MINUTE, note))
 
 
 @contextmanager
-def endpoint(folder: Path, model: str) -> Iterator[tuple[str, list[psutil.Process]]]:
-    """Serve the adapters with one replica; its URL, and the processes of the replica and of HAProxy."""
+def endpoint(folder: Path, model: str) -> Iterator[tuple[str, int]]:
+    """Serve the adapters with one replica; its URL, and the process that started everything."""
     config = OrchestratorConfig(workspace=folder / "workspace")
     config.workspace.mkdir()
     registry = Registry(config.registry_uri, config.artifact_root)
@@ -210,10 +216,7 @@ def endpoint(folder: Path, model: str) -> Iterator[tuple[str, list[psutil.Proces
     try:
         running = background.find(config.serve_file)
         assert running is not None, "the endpoint ended"
-        family = psutil.Process(running.pid).children(recursive=True)
-        replica = next(process for process in family if "ServeReplica:adapters" in " ".join(process.cmdline()))
-        haproxy = next(process for process in family if process.name() == "haproxy")
-        yield running.url, [replica, haproxy]
+        yield running.url, running.pid
     finally:
         subprocess.run([*command, "stop"], env=environment, check=True)
 
