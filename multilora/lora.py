@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from multilora.errors import AdapterError
-from multilora.routing import Routing, Run
+from multilora.routing import Routing, RowRouting, Run
 from multilora.segments import Segment
 from multilora.target_modules import linear_of
 
+Reader = Callable[[Tensor, Tensor, Sequence[int | None]], Tensor]
+"""(ids [B, T], mask [B, T], each row's slot) -> last hidden states [B, T, H]."""
 AdapterTensors = Mapping[str, tuple[Tensor, Tensor]]
 """Module name -> (A of shape [rank, I], B of shape [O, rank])."""
 
@@ -33,6 +35,7 @@ class _Now(threading.local):
     """What each thread's forward passes are routed by: several may run side by side."""
 
     routing = Routing((), None)
+    row_routing: RowRouting | None = None
 
 
 class AdapterSlots:
@@ -57,6 +60,8 @@ class AdapterSlots:
         self.flat_SP = torch.zeros(num_slots, self._num_a + num_b, dtype=dtype, device=self.device)
         self.flat_grad_SP = torch.zeros_like(self.flat_SP) if is_trainable else None
         self.layers: dict[str, MultiLoraLinear] = {}
+        self.reader: Reader | None = None
+        """What reads texts instead of the model's own pass where no gradients are wanted; see recorded.py."""
         self._model = model
         offset_a, offset_b = 0, self._num_a
         for name, linear in modules.items():
@@ -87,6 +92,20 @@ class AdapterSlots:
             yield
         finally:
             self._now.routing = before
+
+    @property
+    def row_routing(self) -> RowRouting | None:
+        """What routes this thread's forward passes instead, inside `using_rows`."""
+        return self._now.row_routing
+
+    @contextmanager
+    def using_rows(self, routing: RowRouting) -> Iterator[None]:
+        """Route the forward passes inside row by row."""
+        self._now.row_routing = routing
+        try:
+            yield
+        finally:
+            self._now.row_routing = None
 
     def fresh(self, slot: int, module_names: Sequence[str], rank: int, scaling: float, generator: torch.Generator) -> None:
         """Start a new adapter: A uniform in +-1/sqrt(I), B zero, so that its output equals the base exactly.
@@ -225,6 +244,8 @@ class MultiLoraLinear(nn.Module):
         """Apply the base to all rows and each segment's adapter to its own. Shapes: [B, ..., I] -> [B, ..., O]."""
         y_BTO: Tensor = self.base(x_BTI)
         slots, routing = self._slots, self._slots.routing
+        if slots.row_routing is not None:
+            return slots.row_routing.update(y_BTO, x_BTI.to(y_BTO.dtype), self.a_SRI, self.b_SOR)
         # Gradients row by row would have to be added up again.
         num_positions = 0 if torch.is_grad_enabled() else x_BTI[0, ..., 0].numel()
         runs = routing.runs(self.bound_slots, slots.ranks, slots.scalings, slots.device, num_positions)

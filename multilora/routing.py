@@ -1,6 +1,7 @@
 """How the rows of a forward pass reach their slots: neighbours of like rank become one batched product.
 
-Dims: G segments of a run, N rows x positions of one segment, F features.
+Dims: G segments of a run, N rows x positions of one segment (or positions of a row), F features; as in lora.py: S slots,
+R rank, I and O features, B rows, T positions.
 """
 
 from __future__ import annotations
@@ -85,6 +86,28 @@ class Routing:
             runs = product_runs(spans, ranks, by_row=by_row)
             self._runs_of[wanted, by_row] = [_run(run, ranks, scalings, device) for run in runs]
         return self._runs_of[wanted, by_row]
+
+
+@dataclass(frozen=True)
+class RowRouting:
+    """A slot for each row, as tensors: what a recorded pass is given anew each time. Every row is a product of its own."""
+
+    slot_B: Tensor
+    scaling_B11: Tensor
+    """Zero for rows of the base alone."""
+    rank: int
+    """At least the largest of the slots' ranks; what is beyond a slot's own is zero."""
+
+    def update(self, y_BTO: Tensor, x_BTI: Tensor, a_SRI: Tensor, b_SOR: Tensor) -> Tensor:
+        """Add each row's update in place."""
+        if not self.rank:
+            return y_BTO
+        a_BRI = a_SRI[:, : self.rank].index_select(0, self.slot_B)
+        b_BOR = b_SOR[:, :, : self.rank].index_select(0, self.slot_B)
+        num_rows = y_BTO.shape[0]
+        h_BRN = torch.bmm(a_BRI, x_BTI.reshape(num_rows, -1, x_BTI.shape[-1]).mT).mul_(self.scaling_B11)
+        y_BTO.view(num_rows, -1, y_BTO.shape[-1]).baddbmm_(h_BRN.mT, b_BOR.mT)
+        return y_BTO
 
 
 def _run(spans: Sequence[tuple[int, int, int]], ranks: Sequence[int], scalings: Sequence[float], device: torch.device) -> Run:

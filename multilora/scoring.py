@@ -143,8 +143,11 @@ def pooled(base: FrozenBase, slots: AdapterSlots, rows: Sequence[ScoringRow]) ->
     model: Any = base.model
     reader = model.get_encoder() if base.family == "seq2seq" else model.base_model
     ids_BT, mask_BT = padded(base, [row.token_ids for row in rows])
-    with _routed(slots, rows):
-        hidden_BTH = reader(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+    if slots.reader is not None and not torch.is_grad_enabled():
+        hidden_BTH = slots.reader(ids_BT, mask_BT, [row.slot for row in rows]).float()
+    else:
+        with _routed(slots, rows):
+            hidden_BTH = reader(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
     weights_BT1 = mask_BT[..., None].float()
     return F.normalize((hidden_BTH * weights_BT1).sum(1) / weights_BT1.sum(1), dim=-1)
 

@@ -21,6 +21,7 @@ from multilora.base_model import FrozenBase
 from multilora.errors import AdapterError, RequestError, UnknownTaskError
 from multilora.lora import AdapterSlots
 from multilora.prompt import Prompt, PromptFormat, encode_prompt
+from multilora.recorded import recorded_reader
 from multilora.scoring import (
     PAD_MULTIPLE,
     SCORER_VERSION,
@@ -238,7 +239,9 @@ class Engine:
     def _new_slots(self, max_rank: int) -> tuple[AdapterSlots, SlotTable]:
         """Empty slots; bound adapters come back from host memory when they are next asked for."""
         names = match_modules(self.base.model, "all-linear")
-        return AdapterSlots(self.base.model, names, self._num_slots, max_rank), SlotTable(self._num_slots)
+        slots = AdapterSlots(self.base.model, names, self._num_slots, max_rank)
+        slots.reader = recorded_reader(self.base, slots)
+        return slots, SlotTable(self._num_slots)
 
     def _resident_slot(self, bound: BoundAdapter, pinned: Sequence[str]) -> int:
         writing = {key for writer in self._writers for key in writer.keys}

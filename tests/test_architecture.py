@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = {  # lowest first; a new module gets its place here
     "multilora": "errors log segments yaml_loader spec spec_hash spec_files prompt base_files base_layers base_model "
-    "target_modules routing lora artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
+    "target_modules routing lora recorded artifact fingerprint answer_tree scoring generate task_router mlflow_errors registry",
     "serve": "config schema router error_table auth guard live_counts slots batcher writer canaries answer "
     "forward_threads engine pyfunc_model pyfunc_router metrics base_server adapter_store auto challenger "
     "replica models_api openai_schema openai_ask openai_api web_page app vllm_backend",
