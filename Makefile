@@ -20,13 +20,13 @@ demo: $(READY)
 
 # Two processes share the unit tests; an end-to-end test wants the machine for itself.
 test: $(READY)
-	$(UNIT) -m "not e2e" --durations 30
+	$(UNIT) -m "not e2e and not long" --durations 12
 	$(BIN)/python -m pytest -m "e2e and not long" --durations 12
 
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"
 
-# What takes long: a node dies, public data; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
+# What takes long: a node dies, public data, benchmarks; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
 SEEDS ?= 20
 chaos: $(READY)
 	$(BIN)/python -m pytest -m long

@@ -1,6 +1,6 @@
 """Benchmarks run, say that their results are correct, and name their ratios; their values are a quiet machine's business.
 
-submit.py, minutes of real Ray and real scripts, is run by hand.
+submit.py, serve.py and soak.py, minutes of real Ray and real scripts, are run by hand.
 """
 
 import json
@@ -24,7 +24,9 @@ RATIOS = {
 FAST = ("cluster_scale", "gate_power")
 
 
-@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in RATIOS if name not in FAST)])
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in RATIOS if name not in FAST)]
+)
 def test_benchmark_runs_and_is_correct(name, tmp_path):
     file = tmp_path / "result.json"
     command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--rounds", "1", "--json", str(file)]
