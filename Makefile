@@ -38,4 +38,4 @@ check: $(READY)
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 clean:
-	rm -rf .venv .orchestrator
+	rm -rf .venv .orchestrator .orchestrator-t5-mini

@@ -20,4 +20,6 @@ run orchestrator query question-type "Whose idea was the weekend?"
 run orchestrator ui --port "$UI_PORT"
 printf '\nA second submit sees that nothing changed:\n'
 run orchestrator submit tasks/*.yaml
+printf '\nThe same five tasks over t5-mini, a T5 that is part of this project, in a workspace of their own. The gate may hold some back:\n'
+run orchestrator submit tasks/*.yaml --base t5-mini --workspace .orchestrator-t5-mini || [ $? -eq 3 ]
 printf '\n'
