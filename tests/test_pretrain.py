@@ -206,6 +206,7 @@ def test_overlap_is_dropped_and_unseen_tasks_stay_out(settings: Settings, prepar
     assert not set(prepared.mixture.rows) & set(UNSEEN)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_to_the_same_weights(settings: Settings, prepared: Prepared, tmp_path: Path) -> None:
     whole = Training(replace(settings, out=tmp_path / "whole"), prepared, say, show)
     killed = replace(settings, out=tmp_path / "killed")
@@ -268,6 +269,7 @@ def test_the_loss_of_a_choice_is_that_of_the_scores_one_by_one(prepared: Prepare
     assert torch.allclose(loss, torch.as_tensor(expected), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_evaluation_names_every_closed_task(prepared: Prepared, settings: Settings, tmp_path: Path) -> None:
     training = Training(replace(settings, out=tmp_path), prepared, say, show)
     result = evaluate(training.model, prepared.tokenizer, Heldout.read(SHARED, 1))

@@ -151,6 +151,7 @@ def test_the_shipped_tasks_are_disjoint_from_one_another() -> None:
     assert len(texts) == len(set(texts))
 
 
+@pytest.mark.long
 def test_the_python_example_of_the_readme(cli: CommandLine, tmp_path: Path) -> None:
     quick = demo_task(tmp_path, "client-talk", epochs=3, learning_rate=2e-3)
     readme = (DATA.parents[1] / "README.md").read_text(encoding="utf-8")
