@@ -143,7 +143,6 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument(
         "--instructions-share", type=float, default=Settings.instructions_share, help="part of the batches after that"
     )
-    parser.add_argument("--sentences-share", type=float, default=Settings.sentences_share, help="of the others, with vectors")
     parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="learning rate of the layers' matrices")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="relative to a tensor's first values")
     parser.add_argument("--max-characters", type=int, default=900 if is_gpu else 400, help="longest input of an instruction row")
@@ -158,7 +157,7 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     return Settings(
         data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, start=given.start,
         corpus_part=part, steps=given.steps, instructions_from=given.instructions_from,
-        instructions_share=given.instructions_share, sentences_share=given.sentences_share,
+        instructions_share=given.instructions_share,
         matrix_rate=given.matrix_rate, learning_rate=given.learning_rate, batch_tokens=given.batch_tokens, seed=given.seed,
         num_loaders=given.loaders, compile=given.compile, max_characters=given.max_characters, num_matches=num_matches,
     )  # fmt: skip

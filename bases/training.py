@@ -64,9 +64,7 @@ class Settings:
     instructions_from: float = 0.15
     """Progress (0 to 1) up to which there are no instructions: the encoder recovers, the decoder learns to write."""
     instructions_share: float = 0.75
-    """Part of the batches after that which are instructions."""
-    sentences_share: float = 0.5
-    """Part of the others which are sentences with vectors; the rest are spans."""
+    """Part of the batches after that which are instructions; half of the others are sentences with vectors, half spans."""
     matrix_rate: float = 3e-3
     """Learning rate of the layers' matrices on a GPU, by Muon, in AdamW's scale."""
     learning_rate: float = 3e-3
@@ -88,8 +86,8 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Return what a checkpoint depends on."""
-        kept = ("size", "corpus_part", "steps", "instructions_from", "instructions_share", "sentences_share", "matrix_rate",
-                "learning_rate", "max_characters", "seed")  # fmt: skip
+        kept = ("size", "corpus_part", "steps", "instructions_from", "instructions_share", "matrix_rate", "learning_rate",
+                "max_characters", "seed")  # fmt: skip
         return {name: asdict(self)[name] for name in kept}
 
 
@@ -211,8 +209,7 @@ class Training:
         draw = np.random.default_rng((self.settings.seed, 1, self.position.step)).random()
         if draw < share:
             return "instructions"
-        has_vectors = len(self.prepared.vectors_NH) > 0
-        return "sentences" if draw < share + (1 - share) * self.settings.sentences_share and has_vectors else "spans"
+        return "sentences" if draw < (1 + share) / 2 and len(self.prepared.vectors_NH) else "spans"
 
     def train_step(self, batch: Batch, factor: float) -> Tensor:
         """Train on one batch; the loss is the mean over its target tokens. It stays on the device: reading it would wait."""
