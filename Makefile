@@ -26,11 +26,10 @@ test: $(READY)
 test-fast: $(READY)
 	$(UNIT) -m "not e2e and not slow and not gpu"
 
-# What takes long: a node dies, public data, benchmarks; then something is killed at random moments, once per seed: `make chaos SEEDS=50`.
+# What takes minutes: nodes, workers and servers die, public data, benchmarks; test_chaos.py once per seed: `make chaos SEEDS=50`.
 SEEDS ?= 20
 chaos: $(READY)
-	$(BIN)/python -m pytest -m long
-	CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+	CHAOS_SEEDS=$(SEEDS) $(BIN)/python -m pytest -s -m long
 
 check: $(READY)
 	$(BIN)/ruff check .

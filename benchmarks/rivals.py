@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import ray
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -142,6 +143,7 @@ def main() -> None:
     kind, port, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(os.cpu_count() or 1)
     if kind == "multiplexed":
+        ray.init(address="local")
         ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         application = Multiplexed.options(ray_actor_options={"num_cpus": os.cpu_count() or 1}).bind(str(folder))
         ray_serve.run(application, route_prefix="/")

@@ -5,9 +5,10 @@ uniform and Zipf traffic. In turn:
 
 engine     offline, in this process: mixed batches against a plain padded batch of 32 through transformers (`engine_vs_padded`),
            against the base alone through our engine (`vs_base`), 64 adapters over 16 slots against 64 (`overflow_64_over_16`)
-http       our endpoint (Ray Serve, HAProxy) against PEFT with set_adapter in FastAPI (`vs_set_adapter`), a merged model per task,
-           and serve.multiplexed with serve.batch (`vs_multiplexed`): 64 clients in a closed loop, then an open loop at 80 % of
-           each one's own rate for the latencies. The clients run on the same cores
+http       our endpoint (Ray Serve, HAProxy) against PEFT with set_adapter in FastAPI (`vs_set_adapter`), a merged model per task
+           (`vs_merged`), serve.multiplexed with serve.batch (`vs_multiplexed`), the engine alone (`http_vs_engine`): 64 clients
+           in a closed loop, a few seconds each in turns, for this machine's speed may change; then an open loop at 80 % of each
+           one's own rate for the latencies. The clients run on the same cores
 lifecycle  cold load of an adapter, promotion to the first answer on every replica's clients
 scale      1,000 registered adapters, 64 slots, 256 in host memory: start-up, listing, routing, memory
 
@@ -20,13 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, also when run as a script
@@ -39,7 +40,7 @@ from benchmarks.load import Load, Server, answers_of, closed_loop, open_loop
 from benchmarks.rivals import Peft
 from benchmarks.serving_scale import measure_scale
 from benchmarks.serving_tasks import BASES, LABELS, RANK, AdapterMaker, Asked, base_spec, real_texts, traffic, write_and_crown
-from benchmarks.timing import ROOT, Report, Row, interleave, median, ratio, read_settings
+from benchmarks.timing import ROOT, Report, Row, interleave, median, ratio, read_settings, seconds_of
 from multilora.artifact import AdapterArtifact
 from multilora.base_model import load_base
 from multilora.registry import Registry
@@ -67,17 +68,16 @@ def main() -> int:
         maker = AdapterMaker(load_base(base_spec(settings.base, Path(folder) / "base"), "cpu"))
         adapters = Path(folder) / "adapters"
         artifacts = [write_and_crown(maker, client, adapters, task, seed) for seed, task in enumerate(TASKS)]
-        offline = measure_engine(report, maker, artifacts)
-        seconds = 3.0 if settings.is_quick else 8.0
-        measure_http(report, config, adapters, offline, seconds)
-        with endpoint(config) as server:
-            measure_promotion(report, server, maker, client, adapters)
+        run_engine = measure_engine(report, maker, artifacts)
+        with endpoint(config) as ours:
+            measure_http(report, ours, adapters, run_engine)
+            measure_promotion(report, ours, maker, client, adapters)
         measure_scale(report, maker, Path(folder) / "scale", 100 if settings.is_quick else 1000)
     return report.finish()
 
 
-def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[AdapterArtifact]) -> float:
-    """Measure the engine without HTTP; returns its texts per second."""
+def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[AdapterArtifact]) -> Callable[[], float]:
+    """Measure the engine without HTTP; returns what measures its texts per second once more."""
     num = 256 if report.settings.is_quick else 1024
     asked = traffic(TASKS, num, is_zipf=False)
     engine = Engine(load_base(maker.base.spec, "cpu"), 16, 8, max_batch_tokens=1024)
@@ -107,7 +107,7 @@ def measure_engine(report: Report, maker: AdapterMaker, artifacts: Sequence[Adap
         report.add(Row("engine", name, seconds / num, ratio(times, name, "engine"), note=f"{num / seconds:.0f} texts/s"))
     report.ratios |= {"engine_vs_padded": ratio(times, "padded", "engine"), "vs_base": ratio(times, "base", "engine")}
     measure_overflow(report, maker, num)
-    return num / median(times, "engine")
+    return lambda: num / seconds_of(run_engine, report.settings.device)
 
 
 def measure_overflow(report: Report, maker: AdapterMaker, num: int) -> None:
@@ -140,47 +140,77 @@ def measure_overflow(report: Report, maker: AdapterMaker, num: int) -> None:
         report.add(Row("overflow", name, seconds / num, ratio(times, name, "resident"), note=note))
 
 
-def measure_http(report: Report, config: OrchestratorConfig, adapters: Path, offline: float, seconds: float) -> None:
-    """Ours, then each rival, by the same clients."""
+def measure_http(report: Report, ours: Server, adapters: Path, run_engine: Callable[[], float]) -> None:
+    """Measure our endpoint beside the engine, then beside each rival, by the same clients."""
     checked = [Asked(task, text) for task, text in zip(TASKS, real_texts(), strict=False)]
     plain = Peft(adapters)
     for task in TASKS:
         plain.load(task)
     expected = [list(plain.probabilities(one.task, [one.text])[0].values()) for one in checked]
-    rates: dict[str, dict[str, float]] = {}
-    with endpoint(config) as server:
-        rates["ours"] = measure_server(report, "ours", server, checked, expected, seconds)
-        asked = traffic(TASKS, 4096, is_zipf=False, seed=2)
-        by_task = [[one for one in asked if one.task == task] for task in TASKS]
-        packed = [some[first : first + 32] for some in by_task for first in range(0, len(some) - 31, 32)]
-        load = asyncio.run(closed_loop(server, packed[::7] + packed, 8, seconds))
-        report.add(Row("http", "ours, 32 inputs a request", 1 / load.inputs_per_s, note=_said(load)))
-        report.ratios |= {"http32_vs_engine": load.inputs_per_s / offline, "http_vs_engine": rates["ours"]["uniform"] / offline}
+
+    def check(name: str, server: Server) -> None:
+        seen = asyncio.run(answers_of(server, checked))
+        difference = max(abs(a - b) for row, other in zip(seen, expected, strict=True) for a, b in zip(row, other, strict=True))
+        report.add(Row("http", name, difference=difference, tolerance=TOLERANCE, note=f"memory {_memory_mb(server)} MB"))
+
+    check("ours", ours)
+    measure_beside_engine(report, ours, run_engine)
     for kind, name in RIVALS.items():
-        with rival(kind, adapters) as server:
-            rates[kind] = measure_server(report, kind, server, checked, expected, seconds)
-        report.ratios[name] = min(rates["ours"][mix] / rates[kind][mix] for mix in rates["ours"])
+        with rival(kind, adapters) as other:
+            check(kind, other)
+            report.ratios[name] = min(measure_beside(report, ours, kind, other, mix) for mix in ("uniform", "zipf"))
 
 
-def measure_server(
-    report: Report, name: str, server: Server, checked: Sequence[Asked], expected: Sequence[Sequence[float]], seconds: float
-) -> dict[str, float]:
-    """Measure one server; returns its inputs per second by kind of traffic."""
-    seen = asyncio.run(answers_of(server, checked))
-    difference = max(abs(a - b) for row, other in zip(seen, expected, strict=True) for a, b in zip(row, other, strict=True))
-    report.add(Row("http", name, difference=difference, tolerance=TOLERANCE, note=f"memory {_memory_mb(server)} MB"))
-    rates = {}
-    for mix in ("uniform", "zipf"):
-        requests = [[one] for one in traffic(TASKS, 4096, is_zipf=mix == "zipf", seed=3)]
-        asyncio.run(closed_loop(server, requests, NUM_CLIENTS, 2.0))  # warm
-        closed = asyncio.run(closed_loop(server, requests, NUM_CLIENTS, seconds))
-        opened = asyncio.run(open_loop(server, requests, 0.8 * closed.inputs_per_s, seconds))
-        report.add(Row("http", f"{name}, {mix}", 1 / closed.inputs_per_s, note=_said(closed)))
-        report.add(Row("http", f"{name}, {mix}, open loop at 80 %", 1 / opened.inputs_per_s, note=_said(opened)))
-        report.extra.setdefault("http", {})  # type: ignore[attr-defined]
-        report.extra["http"][f"{name}_{mix}"] = {"closed": asdict(closed), "open": asdict(opened)}  # type: ignore[index]
-        rates[mix] = closed.inputs_per_s
-    return rates
+def measure_beside_engine(report: Report, ours: Server, run_engine: Callable[[], float]) -> None:
+    """One input a request, 32 inputs a request, and the engine alone, in turns."""
+    asked = traffic(TASKS, 4096, is_zipf=False, seed=2)
+    by_task = [[one for one in asked if one.task == task] for task in TASKS]
+    packed = [some[first : first + 32] for some in by_task for first in range(0, len(some) - 31, 32)]
+    rates: dict[str, list[float]] = {"http": [], "http32": [], "engine": []}
+    _closed(report, ours, [[one] for one in asked])  # warm
+    for _ in range(report.settings.num_rounds):
+        rates["http"].append(_closed(report, ours, [[one] for one in asked]).inputs_per_s)
+        rates["http32"].append(_closed(report, ours, packed[::7] + packed, 8, 2 * _closed_s(report)).inputs_per_s)
+        rates["engine"].append(run_engine())
+    for name in ("http", "http32"):
+        report.ratios[f"{name}_vs_engine"] = _ratio(rates, name, "engine")
+        note = f"{statistics.median(rates[name]):.0f} inputs/s, the engine {statistics.median(rates['engine']):.0f}"
+        report.add(Row("http", f"ours, {name}", ratio=report.ratios[f"{name}_vs_engine"], note=note))
+
+
+def measure_beside(report: Report, ours: Server, kind: str, other: Server, mix: str) -> float:
+    """Measure both in turns; returns how many times as many inputs a second ours answers."""
+    requests = [[one] for one in traffic(TASKS, 4096, is_zipf=mix == "zipf", seed=3)]
+    servers = {"ours": ours, kind: other}
+    closed: dict[str, list[Load]] = {name: [] for name in servers}
+    for server in servers.values():
+        _closed(report, server, requests)  # warm
+    for _ in range(report.settings.num_rounds):
+        for name, server in servers.items():
+            closed[name].append(_closed(report, server, requests))
+    rates = {name: [load.inputs_per_s for load in loads] for name, loads in closed.items()}
+    for name, server in servers.items():
+        opened = asyncio.run(open_loop(server, requests, 0.8 * statistics.median(rates[name]), 2 * _closed_s(report)))
+        middle = sorted(closed[name], key=lambda load: load.inputs_per_s)[len(closed[name]) // 2]
+        label = f"{name}, {mix}" if name == kind else f"{name} beside {kind}, {mix}"
+        report.add(Row("http", label, 1 / middle.inputs_per_s, _ratio(rates, name, "ours"), note=_said(middle)))
+        report.add(Row("http", f"{label}, open loop at 80 %", 1 / opened.inputs_per_s, note=_said(opened)))
+    return _ratio(rates, "ours", kind)
+
+
+def _closed(
+    report: Report, server: Server, requests: Sequence[Sequence[Asked]], num_clients: int = NUM_CLIENTS, seconds: float = 0
+) -> Load:
+    return asyncio.run(closed_loop(server, requests, num_clients, seconds or _closed_s(report)))
+
+
+def _closed_s(report: Report) -> float:
+    return 2.0 if report.settings.is_quick else 4.0
+
+
+def _ratio(rates: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> float:
+    """Median over the rounds."""
+    return statistics.median(a / b for a, b in zip(rates[numerator], rates[denominator], strict=True))
 
 
 def measure_promotion(report: Report, server: Server, maker: AdapterMaker, client: MlflowClient, adapters: Path) -> None:
@@ -236,7 +266,8 @@ def _memory_mb(server: Server) -> int:
     """Memory of the process that answers."""
     if server.pid:
         return int(psutil.Process(server.pid).memory_info().rss) // 2**20
-    replicas = [p for p in psutil.process_iter(["cmdline"]) if "ServeReplica" in " ".join(p.info["cmdline"] or ())]
+    name = "Multiplexed" if server.is_multiplexed else "ServeReplica:adapters"
+    replicas = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or ())]
     return sum(p.memory_info().rss for p in replicas) // 2**20
 
 

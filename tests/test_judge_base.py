@@ -129,6 +129,7 @@ def test_samples_are_nested_and_labels_are_words():
         assert not any("_" in label for label in task.labels)
 
 
+@pytest.mark.long
 def test_it_loads_neither_ray_nor_mlflow_nor_needs_datasets():
     # A finder that knows no `datasets` is what a machine without it has.
     code = """

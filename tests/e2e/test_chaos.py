@@ -1,6 +1,6 @@
 """Something is killed at random moments, MLflow's server among it; the registry ends as if nothing had happened.
 
-One seed runs in `make test`; `make chaos` runs many (CHAOS_SEEDS) and prints what was killed when.
+`make chaos` runs many seeds (CHAOS_SEEDS) and prints what was killed when.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from e2e.conftest import CommandLine, kill_all, wait_for, write_spec
 from e2e.test_survival import adapter_of, animal_rows, same_weights
 from orchestrator.submissions import Submissions, SubmissionStatus
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 TASKS = ("animals", "beasts")
 VICTIMS = ("worker", "driver", "submit", "mlflow", "everything")
 LONGEST_PAUSE_S = 25.0

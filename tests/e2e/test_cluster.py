@@ -18,7 +18,7 @@ from e2e.conftest import CommandLine, kill_all, wait_for, write_spec
 from e2e.test_survival import adapter_of, animal_rows, same_weights, saved_steps
 from orchestrator.submissions import Submissions
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 LABELS = {"bird": None, "fish": None}
 
 
@@ -92,7 +92,6 @@ def test_a_cluster_is_examined_trains_on_the_wanted_gpu_and_gives_it_back(
     assert not _holding()
 
 
-@pytest.mark.long
 def test_two_submissions_share_a_cluster_that_loses_a_node(cluster: Cluster, cli: CommandLine, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2, num_gpus=2) for _ in range(3)]
     build_t5(tmp_path / "t5")

@@ -19,7 +19,7 @@ from orchestrator.dataset import gate_fingerprint_of
 from orchestrator.eval_report import EvalReport, store_reports
 from orchestrator.gates import store_gate
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 def crown(config: OrchestratorConfig, artifact, task: TinyTask, gate) -> AdapterVersion:

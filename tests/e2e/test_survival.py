@@ -16,7 +16,7 @@ from tiny_bases import build_t5
 from e2e.conftest import CommandLine, demo_task, kill_all, needs_minilm, wait_for, write_spec
 from multilora.artifact import WEIGHTS
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 ANIMALS = {"bird": ["robin", "heron", "owl", "finch", "crane"], "fish": ["trout", "cod", "eel", "perch", "tuna"]}
 
 

@@ -161,6 +161,7 @@ def test_exported_adapter_gives_the_same_logits_in_plain_peft(load, random_adapt
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_these_tests_load_neither_ray_nor_mlflow():
     code = "import sys, gpu.test_laws; print(*sorted({'ray', 'mlflow'} & set(sys.modules)))"
     tests = Path(__file__).parents[1]
