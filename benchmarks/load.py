@@ -15,9 +15,6 @@ import numpy as np
 
 from benchmarks.serving_tasks import Asked
 
-RAMP_S = 0.5
-"""Before a closed loop counts: its clients connect, and the first batches are not yet full."""
-
 
 @dataclass(frozen=True)
 class Load:
@@ -58,25 +55,25 @@ async def answers_of(server: Server, asked: Sequence[Asked]) -> list[list[float]
 
 
 async def closed_loop(server: Server, requests: Sequence[Sequence[Asked]], num_clients: int, seconds: float) -> Load:
-    """Keep so many clients asking one request after another; what is answered while all of them ask counts."""
+    """Keep so many clients asking one request after another."""
     turns = itertools.cycle(requests)
     took: list[float] = []
     counts = {"inputs": 0, "errors": 0}
-    started = time.perf_counter() + RAMP_S
+    started = time.perf_counter()
 
     async def client(session: aiohttp.ClientSession) -> None:
-        while (began := time.perf_counter()) - started < seconds:
+        while time.perf_counter() - started < seconds:
             some = next(turns)
+            began = time.perf_counter()
             async with session.post(**server.request(some)) as response:
                 await response.read()
-            ended = time.perf_counter()
-            counts["errors"] += response.status != 200
-            counts["inputs"] += len(some) * (0 <= ended - started < seconds)
-            took.append(ended - began)
+                counts["errors"] += response.status != 200
+                counts["inputs"] += len(some)
+            took.append(time.perf_counter() - began)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=num_clients)) as session:
         await asyncio.gather(*(client(session) for _ in range(num_clients)))
-    return _load(counts["inputs"] / seconds, took, counts["errors"])
+    return _load(counts["inputs"] / (time.perf_counter() - started), took, counts["errors"])
 
 
 async def open_loop(server: Server, requests: Sequence[Sequence[Asked]], per_s: float, seconds: float) -> Load:

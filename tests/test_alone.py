@@ -204,6 +204,7 @@ def test_a_free_text_task_has_a_reason_in_every_row(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_adapters_over_quantised_bases_are_trained_and_asked(bench, family):
     one = bench(family, seeds=(0, 5))
     rows = list(quantised_rows(one))

@@ -21,7 +21,7 @@ RATIOS = {
     "judge_scale": ["judge_s", "judge_and_report_s"],
     "routing": ["recall", "precision", "best", "tfidf_recall", "tfidf_precision", "at_once_ms", "alone_ms"],
 }
-FAST = ("cluster_scale", "gate_power")
+FAST = ("cluster_scale",)
 
 
 @pytest.mark.parametrize(

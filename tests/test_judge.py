@@ -498,6 +498,7 @@ def test_a_thousand_harmful_releases_are_blocked_as_often_as_the_notes_say(num_e
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_of_harmless_releases_under_macro_f1_at_most_five_percent_are_blocked():
     rng = random.Random(0)
     gold = rng.choices("abc", weights=(6, 3, 1), k=200)

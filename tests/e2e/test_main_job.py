@@ -73,7 +73,6 @@ def test_from_spec_to_answer_and_a_worse_candidate_is_refused(cli: CommandLine, 
     assert refused["question-type"]["verdict"]["kind"] == "REGRESSED"
     assert refused["question-type"]["champion"] == "question-type@1"
     assert refused["message-urgency"]["state"] == "verified"
-    cli.run("submit", spoiled, code=3)
     again = httpx.post(f"{url}/v1/classify", json={"model": "question-type", "input": texts}, timeout=60).json()
     assert again == answer
     assert cli.run("query", "message-urgency", "The stairs are on fire.").split()[0] == "high"

@@ -108,6 +108,7 @@ def test_a_killed_replica_costs_no_answer_and_comes_back(endpoint: Endpoint) -> 
     asyncio.run(asked(endpoint, 60, seed=20))
 
 
+@pytest.mark.long
 def test_a_challenger_answers_its_share_and_no_count_is_lost(endpoint: Endpoint) -> None:
     champion, challenger = (endpoint.versions["encoder", CARDS, number] for number in (1, 2))
     endpoint.cli.run("stop")
