@@ -199,7 +199,10 @@ def measure_beside(report: Report, ours: Server, kind: str, other: Server, mix: 
 
 
 def _closed(report: Report, server: Server, requests: Sequence[Sequence[Asked]], num_clients: int = NUM_CLIENTS) -> Load:
-    return asyncio.run(closed_loop(server, requests, num_clients, _closed_s(report)))
+    load = asyncio.run(closed_loop(server, requests, num_clients, _closed_s(report)))
+    if load.num_errors:  # what they took is no speed
+        report.add(Row("http", f"errors of {server.url}", difference=load.num_errors, tolerance=0))
+    return load
 
 
 def _closed_s(report: Report) -> float:
