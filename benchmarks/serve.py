@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -166,15 +165,16 @@ def measure_beside_engine(report: Report, ours: Server, run_engine: Callable[[],
     asked = traffic(TASKS, 4096, is_zipf=False, seed=2)
     by_task = [[one for one in asked if one.task == task] for task in TASKS]
     packed = [some[first : first + 32] for some in by_task for first in range(0, len(some) - 31, 32)]
+    single = [[one] for one in asked]
     rates: dict[str, list[float]] = {"http": [], "http32": [], "engine": []}
-    _closed(report, ours, [[one] for one in asked])  # warm
+    _closed(report, ours, single)  # warm
     for _ in range(_num_rounds(report)):
-        rates["http"].append(_closed(report, ours, [[one] for one in asked]).inputs_per_s)
+        rates["http"].append(_closed(report, ours, single).inputs_per_s)
         rates["http32"].append(_closed(report, ours, packed[::7] + packed, num_clients=8).inputs_per_s)
         rates["engine"].append(run_engine())
     for name in ("http", "http32"):
-        report.ratios[f"{name}_vs_engine"] = _ratio(rates, name, "engine")
-        note = f"{statistics.median(rates[name]):.0f} inputs/s, the engine {statistics.median(rates['engine']):.0f}"
+        report.ratios[f"{name}_vs_engine"] = ratio(rates, name, "engine")
+        note = f"{median(rates, name):.0f} inputs/s, the engine {median(rates, 'engine'):.0f}"
         report.add(Row("http", f"ours, {name}", ratio=report.ratios[f"{name}_vs_engine"], note=note))
 
 
@@ -190,12 +190,12 @@ def measure_beside(report: Report, ours: Server, kind: str, other: Server, mix: 
             closed[name].append(_closed(report, server, requests))
     rates = {name: [load.inputs_per_s for load in loads] for name, loads in closed.items()}
     for name, server in servers.items():
-        opened = asyncio.run(open_loop(server, requests, 0.8 * statistics.median(rates[name]), _closed_s(report)))
+        opened = asyncio.run(open_loop(server, requests, 0.8 * median(rates, name), _closed_s(report)))
         middle = sorted(closed[name], key=lambda load: load.inputs_per_s)[len(closed[name]) // 2]
         label = f"{name}, {mix}" if name == kind else f"{name} beside {kind}, {mix}"
-        report.add(Row("http", label, 1 / middle.inputs_per_s, _ratio(rates, name, "ours"), note=_said(middle)))
+        report.add(Row("http", label, 1 / middle.inputs_per_s, ratio(rates, name, "ours"), note=_said(middle)))
         report.add(Row("http", f"{label}, open loop at 80 %", 1 / opened.inputs_per_s, note=_said(opened)))
-    return _ratio(rates, "ours", kind)
+    return ratio(rates, "ours", kind)
 
 
 def _closed(report: Report, server: Server, requests: Sequence[Sequence[Asked]], num_clients: int = NUM_CLIENTS) -> Load:
@@ -212,11 +212,6 @@ def _closed_s(report: Report) -> float:
 
 def _num_rounds(report: Report) -> int:
     return min(3, report.settings.num_rounds)
-
-
-def _ratio(rates: Mapping[str, Sequence[float]], numerator: str, denominator: str) -> float:
-    """Median over the rounds."""
-    return statistics.median(a / b for a, b in zip(rates[numerator], rates[denominator], strict=True))
 
 
 def measure_promotion(report: Report, server: Server, maker: AdapterMaker, client: MlflowClient, adapters: Path) -> None:
