@@ -24,7 +24,7 @@ from multilora.prompt import encode_prompt
 PAD, EOS, IGNORED = 0, 1, -100
 SPAN_INPUT_TOKENS = 128
 INPUT_LENGTHS = (32, 64, 96, 128, 192, 256)
-TARGET_LENGTHS = (8, 32, 64)
+TARGET_LENGTHS = (4, 8, 32, 64)
 LEAST_EXAMPLES_IN_CHUNK = 1024
 """At least so many, and half the tokens of a batch: sorted by length, most batches are then full."""
 SPAN_BATCHES_IN_CHUNK = 16
@@ -93,9 +93,10 @@ class InstructionChunks(Dataset[list[Batch]]):
         num_examples = max(LEAST_EXAMPLES_IN_CHUNK, self.batch_tokens // 2)
         encoded = [row for _ in range(num_examples) if (row := encode(self.mixture.draw(rng), self.tokenizer, rng))]
         batches = []
-        for width in TARGET_LENGTHS:
-            narrower = [other for other in TARGET_LENGTHS if other < width]
-            rows = [row for row in encoded if max(narrower, default=0) < len(row[1]) <= width]
+        by_width: dict[int, list[Encoded]] = {width: [] for width in TARGET_LENGTHS}
+        for row in encoded:
+            by_width[_at_least(max(map(len, (row[1], *row[2]))), TARGET_LENGTHS)].append(row)
+        for width, rows in by_width.items():
             rows.sort(key=lambda row: len(row[0]), reverse=True)
             while rows:
                 length = _at_least(len(rows[0][0]), INPUT_LENGTHS)
@@ -133,19 +134,19 @@ class SentenceChunks(Dataset[list[Batch]]):
 
 
 def encode(drawn: Drawn, tokenizer: Any, rng: random.Random) -> Encoded | None:
-    """Tokenise an example as training and serving do; None where its labels alone are too long, or its answer."""
+    """Tokenise an example as training and serving do; None where its labels are too long, together or one."""
     try:
         prompt = encode_prompt(drawn.prompt_format(INPUT_LENGTHS[-1]), {"text": drawn.text}, tokenizer)
     except DataError:
         return None
     others = rng.sample(drawn.wrong, min(len(drawn.wrong), MAX_OTHERS))
-    answer_ids, *others_ids = tokenizer([drawn.answer, *others])["input_ids"]
-    return (prompt.token_ids, answer_ids, others_ids) if len(answer_ids) <= TARGET_LENGTHS[-1] else None
+    answers_ids = tokenizer([drawn.answer, *others])["input_ids"]
+    return (prompt.token_ids, answers_ids[0], answers_ids[1:]) if max(map(len, answers_ids)) <= TARGET_LENGTHS[-1] else None
 
 
 def _others(options: Sequence[Sequence[Sequence[int]]], num_rows: int, width: int) -> Others:
-    """Write the wrong options of some rows; those that are longer than the answers of the batch are left out."""
-    pairs = [(row, place, ids) for row, every in enumerate(options) for place, ids in enumerate(every, 1) if len(ids) <= width]
+    """Write the wrong options of some rows."""
+    pairs = [(row, place, ids) for row, every in enumerate(options) for place, ids in enumerate(every, 1)]
     num_pairs = max(1, -(-len(pairs) // PAIRS_MULTIPLE)) * PAIRS_MULTIPLE
     targets_PU = padded("", [((), ids) for _, _, ids in pairs], num_pairs, 1, width).targets_BU
     filling = [(num_rows, 1)] * (num_pairs - len(pairs))

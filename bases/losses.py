@@ -1,7 +1,7 @@
 """What training minimises beside the loss of a T5's own target tokens.
 
-Dims: B rows, P pairs of a row and a wrong option, Q rows and pairs, O options, T input positions, U target positions,
-V vocabulary, H hidden.
+Dims: B rows, R of them whose vectors are known, P pairs of a row and a wrong option, Q rows and pairs, N their target
+tokens, O options, T input positions, U target positions, V vocabulary, H hidden.
 """
 
 from __future__ import annotations
@@ -10,15 +10,32 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
 
 from bases.batches import IGNORED, MAX_OTHERS, Others
+from bases.transplant import PieceTeacher
 
 
 def mean_states(model: T5ForConditionalGeneration, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean [B, H] of the encoder's last states."""
-    states_BTH: Tensor = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+    return mean_of(model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, mask_BT)
+
+
+def mean_of(states_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean [B, H] over the positions that are no padding."""
     return (states_BTH * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
+
+
+def sentence_loss(
+    model: T5ForConditionalGeneration, teacher: PieceTeacher, ids_BT: Tensor, mask_BT: Tensor, vectors_RH: Tensor
+) -> Tensor:
+    """Return how far the encoder is from the teacher: of the first R rows' vectors, and of every token's last state.
+
+    A state for each token teaches much faster than one vector for each sentence.
+    """
+    states_BTH: Tensor = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+    pooled_RH = mean_of(states_BTH, mask_BT)[: len(vectors_RH)]
+    of_tokens_BT = F.cosine_similarity(states_BTH, teacher.states(ids_BT, mask_BT), dim=-1)
+    return 2 - F.cosine_similarity(pooled_RH, vectors_RH).mean() - of_tokens_BT[mask_BT.bool()].mean()
 
 
 def options_loss(
@@ -35,11 +52,14 @@ def options_loss(
     row_Q = torch.cat([torch.arange(num_rows, device=ids_BT.device), row_P])
     source_Q = row_Q.clamp_max(num_rows - 1)
     states_BTH = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-    logits_QUV = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=states_BTH[source_Q]), attention_mask=mask_BT[source_Q],
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(labels=targets_QU), use_cache=False,
-    ).logits.float()  # fmt: skip
-    losses_QU = F.cross_entropy(logits_QUV.transpose(1, 2), targets_QU, ignore_index=IGNORED, reduction="none")
+    decoded_QUH = model.get_decoder()(
+        input_ids=model.prepare_decoder_input_ids_from_labels(labels=targets_QU), use_cache=False,
+        encoder_hidden_states=states_BTH[source_Q], encoder_attention_mask=mask_BT[source_Q],
+    ).last_hidden_state  # fmt: skip
+    is_target_QU = targets_QU != IGNORED  # most positions only fill up, and a position's scores of all pieces cost the most
+    logits_NV = model.lm_head(decoded_QUH[is_target_QU] * model.model_dim**-0.5).float()
+    losses_N = F.cross_entropy(logits_NV, targets_QU[is_target_QU], reduction="none")
+    losses_QU = losses_N.new_zeros(targets_QU.shape).masked_scatter(is_target_QU, losses_N)
     of_tokens = losses_QU[:num_rows].sum() / (targets_BU != IGNORED).sum().clamp_min(1)
     # A row of its own takes what fills up; a place that no option has is never chosen.
     scores_BO = losses_QU.new_full((num_rows + 1, MAX_OTHERS + 1), -torch.inf)

@@ -3,9 +3,10 @@
     python bases/pretrain.py --data DIR --out DIR --minutes 115
 
 The same command goes on where it was killed. What happens, in order: read the text and drop what overlaps with the judging
-tasks; train a tokenizer; let a sentence encoder, the teacher, give sentences their vectors and say which phrases fit them; fit
-the T5's encoder to the teacher's layers; train by span corruption and on the sentences' vectors, then mostly on instructions,
-with a learning rate that is zero when the minutes end; export. On a GPU it computes in bf16, on a CPU in float32. Beside other
+tasks; make a tokenizer of the commonest pieces of a sentence encoder, the teacher; let the teacher give sentences their vectors
+and say which phrases fit them; fit the T5's encoder to the teacher's layers and its decoder to those phrases; train on the
+teacher's states and by span corruption, then mostly on instructions, with a learning rate that is zero when the minutes end;
+export. On a GPU it computes in bf16, on a CPU in float32. Beside other
 work on the same cores set OMP_WAIT_POLICY=passive: threads that wait by spinning took three quarters of the speed.
 """
 
@@ -27,17 +28,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import T5Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, also when run as a script
 
-from bases.corpus import encode_lines, mixed_lines, read_texts, save_array, train_tokenizer
+from bases.corpus import build_tokenizer, encode_lines, mixed_lines, read_texts, save_array
 from bases.heldout import Heldout
 from bases.mixture import Mixture, label_counts, read_mixture, split_sentences
 from bases.model import MINI, SMALL
 from bases.overlap import JudgingTexts
 from bases.teacher import TEACHER, Matches, choose_phrases, choose_sentences, label_sentences
 from bases.training import Prepared, Settings, Show, Training
+from multilora.base_model import load_base
+from multilora.spec import BaseSpec
 
 
 def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepared:
@@ -49,12 +52,13 @@ def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepa
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         if settings.start:
-            T5Tokenizer.from_pretrained(settings.start).save_pretrained(partial)
+            PreTrainedTokenizerFast.from_pretrained(settings.start).save_pretrained(partial)
         else:
-            say(f"training a tokenizer on {len(lines)} lines")
-            train_tokenizer(lines, settings.size.vocab_size).save_pretrained(partial)
+            say(f"choosing the tokenizer's pieces by {len(lines)} lines")
+            teacher = load_base(BaseSpec(model=TEACHER)).tokenizer
+            build_tokenizer(teacher, lines, settings.size.vocab_size).save_pretrained(partial)
         os.replace(partial, folder)
-    tokenizer = T5Tokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     if not tokens_file.exists():
         save_array(encode_lines(tokenizer, lines), tokens_file)
     tokens = np.load(tokens_file, mmap_mode="r")
@@ -146,14 +150,14 @@ def settings_of(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="learning rate of the layers' matrices")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate, help="relative to a tensor's first values")
     parser.add_argument("--max-characters", type=int, default=900 if is_gpu else 400, help="longest input of an instruction row")
-    parser.add_argument("--batch-tokens", type=int, default=65536 if is_gpu else 2048)
+    parser.add_argument("--batch-tokens", type=int, default=65536 if is_gpu else 1024)
     parser.add_argument("--loaders", type=int, default=8 if is_gpu else 0, help="processes that prepare batches")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--matches", type=int, help="sentences of the text that the teacher labels (0: none)")
+    parser.add_argument("--matches", type=int, help="sentences of the text that the teacher labels")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     part = given.corpus_part or (0.05 if given.small else 1.0)
-    num_matches = (1000 if given.small else 200_000) if given.matches is None else given.matches
+    num_matches = (1000 if given.small else 200_000 if is_gpu else 100_000) if given.matches is None else given.matches
     return Settings(
         data=given.data, out=given.out, size=SMALL if given.small else MINI, minutes=given.minutes, start=given.start,
         corpus_part=part, steps=given.steps, instructions_from=given.instructions_from,

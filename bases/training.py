@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  the field's own abbreviation
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import T5ForConditionalGeneration, T5Tokenizer
+from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from bases.batches import (
     INPUT_LENGTHS,
@@ -37,11 +36,12 @@ from bases.batches import (
 )
 from bases.corpus import sentinel_id
 from bases.heldout import Heldout, evaluate
-from bases.losses import mean_states, options_loss
+from bases.losses import options_loss, sentence_loss
 from bases.mixture import Mixture
 from bases.model import Size, build_model, build_optimizers, compile_layers
+from bases.readout import give_readout
 from bases.teacher import TEACHER
-from bases.transplant import transplant_teacher
+from bases.transplant import PieceTeacher, transplant_teacher
 from multilora.errors import DataError
 
 Show = Callable[[float, str], None]
@@ -61,17 +61,17 @@ class Settings:
     corpus_part: float = 1.0
     steps: int | None = None
     """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
-    instructions_from: float = 0.15
-    """Progress (0 to 1) up to which there are no instructions: the encoder recovers, the decoder learns to write."""
+    instructions_from: float = 0.25
+    """Progress (0 to 1) up to which there are no instructions: the encoder learns to follow the teacher."""
     instructions_share: float = 0.75
-    """Part of the batches after that which are instructions; half of the others are sentences with vectors, half spans."""
+    """Part of the batches after that which are instructions."""
     matrix_rate: float = 3e-3
     """Learning rate of the layers' matrices on a GPU, by Muon, in AdamW's scale."""
     learning_rate: float = 3e-3
     """Of all else, by AdamW, relative to the root mean square of a tensor's first values, as in Adafactor."""
     max_characters: int = 900
     """Of the input of an instruction row; the longest cost the most and teach the least."""
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     seed: int = 0
     checkpoint_s: float = 180
     checkpoint_steps: int | None = None
@@ -93,13 +93,15 @@ class Settings:
 
 WARMUP, DECAY_FROM = 0.02, 0.3
 SENTENCE_LOSS_WEIGHT = 10
+SENTENCES_SHARE = 0.8
+"""Of what is no instruction; the rest are spans."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What training reads."""
 
-    tokenizer: T5Tokenizer
+    tokenizer: PreTrainedTokenizerFast
     tokens: NDArray[np.uint16]
     mixture: Mixture
     vectors_NH: NDArray[np.float16]
@@ -150,18 +152,27 @@ class Training:
         self.settings, self.prepared, self.say, self.show = settings, prepared, say, show
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = build_model(settings.size, settings.seed)
+        self.teacher = PieceTeacher.load(prepared.tokenizer, self.device)
         self.file = settings.out / "checkpoint.safetensors"
         if settings.start:
             self.model = T5ForConditionalGeneration.from_pretrained(settings.start, dtype=torch.float32).train()
         elif not self.file.exists():
-            say(f"fitting the encoder to {TEACHER}")
-            transplant_teacher(self.model, prepared.tokenizer, prepared.mixture.sentences, settings.seed)
+            self._begin_with_teacher()
         self.optimizers = build_optimizers(self.model.to(self.device), settings.learning_rate, settings.matrix_rate)
         if settings.compile:
             compile_layers(self.model)
             self._compile_now()
         begun_s = 0.0 if started is None else time.monotonic() - started
         self.position = self._load() if self.file.exists() else Position(elapsed_s=begun_s, begun_s=begun_s)
+
+    def _begin_with_teacher(self) -> None:
+        prepared, seed = self.prepared, self.settings.seed
+        self.say(f"fitting the encoder to {TEACHER}")
+        transplant_teacher(self.model.to(self.device), self.teacher, prepared.tokenizer, prepared.mixture.sentences, seed)
+        if matches := prepared.mixture.matches.rows:
+            self.say(f"fitting the decoder to the phrases of {len(matches)} sentences")
+            vectors_NH = torch.from_numpy(np.array(prepared.vectors_NH))
+            give_readout(self.model, prepared.tokenizer, vectors_NH, prepared.mixture.matches, seed)
 
     def run(self, stop_at: int | None = None) -> None:
         """Train to the end, or as if killed before step `stop_at`."""
@@ -209,7 +220,8 @@ class Training:
         draw = np.random.default_rng((self.settings.seed, 1, self.position.step)).random()
         if draw < share:
             return "instructions"
-        return "sentences" if draw < (1 + share) / 2 and len(self.prepared.vectors_NH) else "spans"
+        is_sentence = draw < share + (1 - share) * SENTENCES_SHARE and len(self.prepared.vectors_NH)
+        return "sentences" if is_sentence else "spans"
 
     def train_step(self, batch: Batch, factor: float) -> Tensor:
         """Train on one batch; the loss is the mean over its target tokens. It stays on the device: reading it would wait."""
@@ -229,9 +241,8 @@ class Training:
         mask_BT = (ids_BT != PAD).long()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
             if batch.vectors_RH is not None:
-                pooled_BH = mean_states(self.model, ids_BT, mask_BT)
                 vectors_RH = batch.vectors_RH.to(self.device).float()
-                return SENTENCE_LOSS_WEIGHT * (1 - F.cosine_similarity(pooled_BH[: len(vectors_RH)], vectors_RH).mean())
+                return SENTENCE_LOSS_WEIGHT * sentence_loss(self.model, self.teacher, ids_BT, mask_BT, vectors_RH)
             if batch.others is not None:
                 return options_loss(self.model, ids_BT, mask_BT, targets_BU, batch.others)
             loss: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=targets_BU, use_cache=False).loss
@@ -239,7 +250,7 @@ class Training:
 
     def _compile_now(self) -> None:
         """Compile forward and backward pass before the first step: the learning rate goes by the clock."""
-        for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[1]), (INPUT_LENGTHS[1], TARGET_LENGTHS[0])):
+        for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[2]), (INPUT_LENGTHS[1], TARGET_LENGTHS[0])):
             loss = self._loss(padded("", [], max(1, self.settings.batch_tokens // length), length, width))
             torch.autograd.backward(loss)
             self.model.zero_grad(set_to_none=True)

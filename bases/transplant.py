@@ -3,21 +3,23 @@
 A T5 cannot hold a BERT's weights as they are: it normalises before a layer instead of after it, has no biases, no absolute
 positions and another vocabulary. But both are stacks of the same parts, so on some thousands of tokens of text one can fit,
 from the first layer to the last, what every matrix must be so that the T5's states follow the BERT's, each dimension times a
-factor that the next matrix undoes. Word order is left out; training on sentences with the teacher's vectors brings it in.
+factor that the next matrix undoes. Word order is left out; training on the teacher's states and vectors brings it in.
 
-Dims: B rows, T positions, H hidden, V vocabulary, N tokens in all, K inputs of a matrix, M its outputs.
+Dims: B rows, T positions, S positions with the [CLS], H hidden, V vocabulary, W the teacher's vocabulary, N tokens in all,
+K inputs of a matrix, M its outputs.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import BertModel, T5ForConditionalGeneration, T5Tokenizer
+from transformers import BertModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
+from bases.corpus import teacher_piece
 from bases.teacher import TEACHER
 from multilora.base_model import load_base
 from multilora.spec import BaseSpec
@@ -29,38 +31,56 @@ LEAST_WEIGHT = 0.2
 """Of a normalisation: few of the teacher's dimensions have none left."""
 
 
-def transplant_teacher(model: T5ForConditionalGeneration, tokenizer: T5Tokenizer, sentences: Sequence[str], seed: int) -> None:
+@dataclass(frozen=True)
+class PieceTeacher:
+    """The teacher as it reads a T5's own tokens."""
+
+    bert: BertModel
+    first_H: Tensor
+    """Its word embedding of the [CLS] that it reads before every text."""
+    words_VH: Tensor
+    """That of each of the T5's pieces."""
+
+    @classmethod
+    def load(cls, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> PieceTeacher:
+        """Load it for a tokenizer that is made of its pieces."""
+        base = load_base(BaseSpec(model=TEACHER), device.type)
+        pieces = [teacher_piece(piece, base.tokenizer) for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        words_WH = base.model.embeddings.word_embeddings.weight.data
+        ids_V = base.tokenizer.convert_tokens_to_ids(pieces)
+        return cls(base.model, words_WH[base.tokenizer.cls_token_id], words_WH[ids_V])
+
+    @torch.no_grad()
+    def states(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Return its last states [B, T, H], word order and all."""
+        words_BTH = self.words_VH[ids_BT]
+        first_B1H = self.first_H.expand(len(ids_BT), 1, -1)
+        mask_BS = torch.cat([mask_BT.new_ones(len(ids_BT), 1), mask_BT], 1)
+        states_BSH: Tensor = self.bert(
+            inputs_embeds=torch.cat([first_B1H, words_BTH], 1), attention_mask=mask_BS
+        ).last_hidden_state
+        return states_BSH[:, 1:]
+
+
+def transplant_teacher(
+    model: T5ForConditionalGeneration,
+    teacher: PieceTeacher,
+    tokenizer: PreTrainedTokenizerFast,
+    sentences: Sequence[str],
+    seed: int,
+) -> None:
     """Fit `model` to the teacher on some of these sentences."""
-    teacher = load_base(BaseSpec(model=TEACHER))
-    words_VH = piece_vectors(teacher.model, teacher.tokenizer, tokenizer)
     some = random.Random(seed).sample(sentences, min(NUM_SENTENCES, len(sentences)))
-    encoded = tokenizer(some, truncation=True, max_length=64, padding=True, return_tensors="pt")
-    transplant(model, teacher.model, words_VH, encoded["input_ids"], encoded["attention_mask"])
+    encoded = tokenizer(some, truncation=True, max_length=64, padding=True, return_tensors="pt").to(model.device)
+    transplant(model, teacher.bert, teacher.words_VH, encoded["input_ids"], encoded["attention_mask"])
 
 
 def fit(inputs_NK: Tensor, outputs_NM: Tensor) -> Tensor:
     """Return the matrix [M, K] that maps inputs to outputs with the least squared error; it has no bias."""
     gram_KK = (inputs_NK.T @ inputs_NK).double()
-    gram_KK += torch.eye(len(gram_KK)) * RIDGE * gram_KK.diagonal().mean()
+    gram_KK += torch.eye(len(gram_KK), device=gram_KK.device) * RIDGE * gram_KK.diagonal().mean()
     matrix_KM: Tensor = torch.linalg.solve(gram_KK, (inputs_NK.T @ outputs_NM).double())
     return matrix_KM.T.float()
-
-
-def piece_vectors(bert: BertModel, bert_tokenizer: Any, tokenizer: T5Tokenizer) -> Tensor:
-    """Return the BERT's word embedding [V, H] of each piece: the mean over its own pieces of that text."""
-    words_WH = bert.embeddings.word_embeddings.weight.data
-    special = {tokenizer.pad_token: "[PAD]", tokenizer.eos_token: "[SEP]", tokenizer.unk_token: "[UNK]"}
-    rows = []
-    for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))):
-        if piece in special or piece.startswith("<extra_id_"):
-            names = [special.get(piece, "[MASK]")]
-        elif piece.startswith("▁"):
-            names = bert_tokenizer.tokenize(piece[1:]) or ["[UNK]"]
-        else:  # the rest of a word
-            whole = f"##{piece.lower()}"
-            names = [whole] if whole in bert_tokenizer.vocab else bert_tokenizer.tokenize(piece) or ["[UNK]"]
-        rows.append(words_WH[bert_tokenizer.convert_tokens_to_ids(names)].mean(0))
-    return torch.stack(rows)
 
 
 @torch.no_grad()

@@ -14,16 +14,17 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
-from bases.corpus import corrupt_spans, sentinel_id, target_length, text_length
+from bases.corpus import corrupt_spans, sentinel_id, target_length, teacher_piece, text_length
 from bases.heldout import Heldout, evaluate, label_scores
 from bases.losses import mean_states, options_loss
 from bases.mixture import UNSEEN, draw_match, plain_row, read_tasks
 from bases.model import Size, build_model
 from bases.overlap import JudgingTexts
 from bases.pretrain import export, prepare
-from bases.teacher import TEACHER, Matches, embed, is_said, label_sentences
+from bases.readout import give_readout
+from bases.teacher import TEACHER, Match, Matches, embed, is_said, label_sentences
 from bases.training import Prepared, Settings, Training, rate_factor
-from bases.transplant import transplant
+from bases.transplant import PieceTeacher, transplant, transplant_teacher
 from multilora.base_model import load_base
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
@@ -77,17 +78,22 @@ def prepared(settings: Settings) -> Prepared:
     return prepare(settings, say, show)
 
 
-def test_tokenizer_loads_as_t5_and_gives_texts_back(settings: Settings, prepared: Prepared) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(settings.out / "tokenizer")
-    assert type(tokenizer).__name__ == "T5Tokenizer"
+def test_tokenizer_has_the_teachers_pieces_and_loads_as_any(settings: Settings, prepared: Prepared) -> None:
+    tokenizer, teacher = AutoTokenizer.from_pretrained(settings.out / "tokenizer"), load_base(BaseSpec(model=TEACHER)).tokenizer
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (PAD, EOS, 2)
     assert len(tokenizer) == TINY.vocab_size
     assert tokenizer.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_99>"]) == [TINY.vocab_size - 1, TINY.vocab_size - 100]
-    for text in ("The battery life is good, but the screen isn't.", "Wait<extra_id_3> there"):
+    for text in ("The battery life is good, but the screen isn't.", "Wait<extra_id_3> there", "Naïve (xylophone)!"):
         ids = tokenizer(text)["input_ids"]
         assert ids == prepared.tokenizer(text)["input_ids"]
         assert ids[-1] == EOS
-        assert tokenizer.decode(ids, skip_special_tokens="extra" not in text).removesuffix("</s>").strip() == text
+        assert tokenizer.unk_token_id not in ids
+        decoded = tokenizer.decode(ids, skip_special_tokens="extra" not in text).removesuffix("</s>")
+        assert decoded.replace(" ", "") == text.lower().replace(" ", "").replace("ï", "i")
+    common = "the service was good, but they did not come on time."
+    pieces = [teacher_piece(piece, teacher) for piece in tokenizer.tokenize(common)]
+    assert pieces == teacher.tokenize(common)
+    assert all(teacher_piece(piece, teacher) in teacher.get_vocab() for piece in tokenizer.get_vocab())
 
 
 def test_corrupted_input_and_target_hold_the_text_once() -> None:
@@ -187,6 +193,45 @@ def test_a_transplanted_encoder_computes_what_the_bert_does() -> None:
     assert similarity() > 0.95
 
 
+def test_the_piece_teacher_is_the_teacher_where_the_pieces_are_the_same(prepared: Prepared) -> None:
+    base = load_base(BaseSpec(model=TEACHER))
+    teacher = PieceTeacher.load(prepared.tokenizer, torch.device("cpu"))
+    texts = ["the service was good, but they did not come on time.", "what do you want?"]
+    ours = prepared.tokenizer(texts, padding=True, return_tensors="pt")
+    theirs = base.tokenizer(texts, padding=True, return_tensors="pt")
+    states_BTH = teacher.states(ours["input_ids"], ours["attention_mask"])
+    with torch.no_grad():
+        expected_BSH = base.model(**theirs).last_hidden_state
+    real_BT = ours["attention_mask"].bool()
+    assert torch.allclose(states_BTH[real_BT], expected_BSH[:, 1:][real_BT], atol=1e-4)
+
+
+def test_a_fitted_decoder_says_the_phrase_that_a_sentence_calls_for(prepared: Prepared) -> None:
+    texts = [
+        f"{start} {end}" for start in ("The soup", "My pasta", "This bread") for end in ("was cold.", "is good.", "came late.")
+    ]
+    texts += [
+        f"{start} {end}" for start in ("My suitcase", "Her bag", "The trunk") for end in ("is lost.", "broke.", "is heavy.")
+    ]
+    matches = Matches(["food", "luggage"], [Match(text, (int(index > 8),), ()) for index, text in enumerate(texts)])
+    model = build_model(TINY, 0)
+    teacher = PieceTeacher.load(prepared.tokenizer, model.device)
+    transplant_teacher(model, teacher, prepared.tokenizer, prepared.mixture.sentences, 0)
+    encoded = prepared.tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        vectors_NH = mean_states(model, encoded["input_ids"], encoded["attention_mask"])
+    words = [ids[0] for ids in prepared.tokenizer(list(matches.phrases))["input_ids"]]
+
+    def hits() -> int:
+        with torch.no_grad():
+            logits_NV = model(**encoded, decoder_input_ids=torch.full((len(texts), 1), PAD)).logits[:, 0]
+        return sum(int(scores.argmax()) == row.fitting[0] for scores, row in zip(logits_NV[:, words], matches.rows, strict=True))
+
+    assert hits() < 15
+    give_readout(model, prepared.tokenizer, torch.nn.functional.normalize(vectors_NH, dim=1), matches, 0)
+    assert hits() == len(texts)
+
+
 def test_training_prompt_is_the_serving_prompt(prepared: Prepared) -> None:
     rng = random.Random(1)
     one = next(drawn for _ in range(100) if (drawn := prepared.mixture.draw(rng)).labels)
@@ -226,11 +271,10 @@ def test_loss_falls_and_the_export_scores_like_the_recipe(settings: Settings, pr
     training = Training(replace(settings, out=tmp_path, steps=60, checkpoint_steps=None), prepared, say, show)
     training.run()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    spans = [record["loss_spans"] for record in log if "loss_spans" in record]
-    assert np.mean(spans[-3:]) < np.log(TINY.vocab_size) - 0.5  # better than to guess
-    for kind in ("sentences", "instructions"):
+    for kind in ("spans", "sentences", "instructions"):
         losses = [record[f"loss_{kind}"] for record in log if f"loss_{kind}" in record]
-        assert np.mean(losses[-3:]) < np.mean(losses[:3]), kind
+        half = len(losses) // 2  # one batch is much harder than another
+        assert np.mean(losses[half:]) < np.mean(losses[:half]), kind
     export(training, tmp_path / "model")
     base = load_base(BaseSpec(model=str(tmp_path / "model"), dtype="bfloat16"), "cpu")
     row = json.loads((SHARED / "instructions" / "heldout.jsonl").read_text(encoding="utf-8").strip().split("\n")[-1])
