@@ -33,9 +33,10 @@ def sentence_loss(
     A state for each token teaches much faster than one vector for each sentence.
     """
     states_BTH: Tensor = model.get_encoder()(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-    pooled_RH = mean_of(states_BTH, mask_BT)[: len(vectors_RH)]
-    of_tokens_BT = F.cosine_similarity(states_BTH, teacher.states(ids_BT, mask_BT), dim=-1)
-    return 2 - F.cosine_similarity(pooled_RH, vectors_RH).mean() - of_tokens_BT[mask_BT.bool()].mean()
+    num_rows = len(vectors_RH)  # the others only fill up
+    pooled_RH = mean_of(states_BTH, mask_BT)[:num_rows]
+    of_tokens_RT = F.cosine_similarity(states_BTH, teacher.states(ids_BT, mask_BT), dim=-1)[:num_rows]
+    return 2 - F.cosine_similarity(pooled_RH, vectors_RH).mean() - of_tokens_RT[mask_BT[:num_rows].bool()].mean()
 
 
 def options_loss(

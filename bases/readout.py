@@ -2,8 +2,8 @@
 
 A decoder of random weights needs millions of tokens before its answers depend on the text at all. But the mean state of an
 encoder that follows the teacher says what a text is about, and one matrix turns it into the words of the phrases that fit:
-with the teacher's vectors it chooses the right one of about five in 89 % of sentences. So the first cross-attention begins as
-that matrix, applied to the mean of all states, and everything else of the decoder begins small.
+with the teacher's vectors of sentences that it was not fitted to, it chooses the one of seven phrases that fits in 95 %. So the
+first cross-attention begins as that matrix, applied to the mean of all states, and everything else of the decoder begins small.
 
 Dims: N sentences, P phrases, S of a batch, H hidden.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from bases.losses import mean_states
-from bases.teacher import Matches
+from bases.teacher import MAX_TOKENS, Matches
 
 NUM_EPOCHS, LEAST_STEPS, SENTENCES_AT_ONCE, LEARNING_RATE = 5, 30, 256, 0.06
 LOUDNESS = 3.0
@@ -26,6 +26,7 @@ LOUDNESS = 3.0
 START_SCALE = 0.1
 
 
+@torch.enable_grad()
 def fit_readout(words_PH: Tensor, vectors_NH: Tensor, matches: Matches, seed: int) -> Tensor:
     """Return the matrix [H, H] by whose images of the sentences' vectors the fitting phrases are the likeliest.
 
@@ -56,11 +57,10 @@ def give_readout(
     embedding_VH = model.get_input_embeddings().weight
     phrases = tokenizer(list(matches.phrases), add_special_tokens=False)["input_ids"]
     words_PH = torch.stack([embedding_VH[torch.tensor(ids, device=embedding_VH.device)].mean(0) for ids in phrases])
-    with torch.enable_grad():
-        matrix_HH = fit_readout(words_PH, vectors_NH, matches, seed)
+    matrix_HH = fit_readout(words_PH, vectors_NH, matches, seed)
     some_NH = vectors_NH[:1000].to(embedding_VH)
     loudness = (some_NH @ matrix_HH.T).pow(2).mean().sqrt()
-    size = mean_norm(model, tokenizer, [row.text for row in matches.rows[:200]])
+    size = _mean_norm(model, tokenizer, [row.text for row in matches.rows[:200]])
     for block in model.decoder.block:
         for module in (block.layer[0].SelfAttention.o, block.layer[1].EncDecAttention.o, block.layer[2].DenseReluDense.wo):
             module.weight.mul_(START_SCALE)
@@ -71,8 +71,8 @@ def give_readout(
     model.decoder.final_layer_norm.weight.fill_(float(loudness))
 
 
-def mean_norm(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+def _mean_norm(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     """Return the mean length of the texts' mean states."""
-    encoded = tokenizer(texts, truncation=True, max_length=64, padding=True, return_tensors="pt").to(model.device)
+    encoded = tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt").to(model.device)
     norm: Tensor = mean_states(model, encoded["input_ids"], encoded["attention_mask"]).norm(dim=1).mean()
     return norm

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import BertModel, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from bases.corpus import teacher_piece
-from bases.teacher import TEACHER
+from bases.teacher import MAX_TOKENS, TEACHER
 from multilora.base_model import load_base
+from multilora.errors import DataError
 from multilora.spec import BaseSpec
 
 RIDGE = 1e-4
@@ -43,9 +44,12 @@ class PieceTeacher:
 
     @classmethod
     def load(cls, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> PieceTeacher:
-        """Load it for a tokenizer that is made of its pieces."""
+        """Load it for a tokenizer that is made of its pieces; raises DataError for another."""
         base = load_base(BaseSpec(model=TEACHER), device.type)
         pieces = [teacher_piece(piece, base.tokenizer) for piece in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+        if strange := set(pieces) - set(base.tokenizer.get_vocab()):
+            rule = f"{TEACHER} has no {min(strange)!r} and {len(strange) - 1} more of the tokenizer's pieces"
+            raise DataError(f"{rule}; --start takes a base that this recipe exported")
         words_WH = base.model.embeddings.word_embeddings.weight.data
         ids_V = base.tokenizer.convert_tokens_to_ids(pieces)
         return cls(base.model, words_WH[base.tokenizer.cls_token_id], words_WH[ids_V])
@@ -71,7 +75,7 @@ def transplant_teacher(
 ) -> None:
     """Fit `model` to the teacher on some of these sentences."""
     some = random.Random(seed).sample(sentences, min(NUM_SENTENCES, len(sentences)))
-    encoded = tokenizer(some, truncation=True, max_length=64, padding=True, return_tensors="pt").to(model.device)
+    encoded = tokenizer(some, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt").to(model.device)
     transplant(model, teacher.bert, teacher.words_VH, encoded["input_ids"], encoded["attention_mask"])
 
 

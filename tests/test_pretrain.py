@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, T5Tokenizer
 
 from bases.batches import EOS, IGNORED, INPUT_LENGTHS, PAD, TARGET_LENGTHS, InstructionChunks, SpanChunks, encode
 from bases.corpus import corrupt_spans, sentinel_id, target_length, teacher_piece, text_length
@@ -26,6 +26,7 @@ from bases.teacher import TEACHER, Match, Matches, embed, is_said, label_sentenc
 from bases.training import Prepared, Settings, Training, rate_factor
 from bases.transplant import PieceTeacher, transplant, transplant_teacher
 from multilora.base_model import load_base
+from multilora.errors import DataError
 from multilora.lora import AdapterSlots
 from multilora.prompt import PromptFormat, encode_prompt
 from multilora.scoring import ScoringRow, encode_labels, score_labels
@@ -204,6 +205,12 @@ def test_the_piece_teacher_is_the_teacher_where_the_pieces_are_the_same(prepared
         expected_BSH = base.model(**theirs).last_hidden_state
     real_BT = ours["attention_mask"].bool()
     assert torch.allclose(states_BTH[real_BT], expected_BSH[:, 1:][real_BT], atol=1e-4)
+
+
+def test_a_base_of_other_pieces_is_not_trained_further() -> None:
+    other = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁Cased", -1.0)], extra_ids=0)
+    with pytest.raises(DataError, match=r"has no 'Cased' .*; --start takes a base"):
+        PieceTeacher.load(other, torch.device("cpu"))
 
 
 def test_a_fitted_decoder_says_the_phrase_that_a_sentence_calls_for(prepared: Prepared) -> None:
