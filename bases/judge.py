@@ -3,8 +3,9 @@
     python bases/judge.py --base sentence-transformers/all-MiniLM-L6-v2 --out minilm.json
     python bases/judge.py --table minilm.json t5-mini-1.json t5-mini-2.json
 
-For each task: the commonest label, TF-IDF with logistic regression, the base untrained with the options in its prompt, and
-one adapter per number of training examples and seed. The adapters of a task (on a GPU of several) train as one group over the
+For each task: the commonest label, TF-IDF with logistic regression, the base untrained with the options in its prompt, as it
+scores them and calibrated (each label's mean score over the test rows is taken off, which needs none of their labels), and one
+adapter per number of training examples and seed. The adapters of a task (on a GPU of several) train as one group over the
 frozen base with the project's own trainer, and their last weights are judged: no test row chooses anything. The training
 rows of a seed are one random order of the task's, of which every size takes the beginning.
 
@@ -33,6 +34,7 @@ from typing import Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # this checkout's packages, also when run as a script
 if importlib.util.find_spec("datasets") is None:  # only hub data sets need it, and transformers must not see that it is there
@@ -154,22 +156,25 @@ class Exam:
         return cls(task, prompts, labels, MicroBatches(base.device, lambda max_tokens: None))
 
     @torch.no_grad()
-    def accuracy(self, base: FrozenBase, slots: AdapterSlots, slot: int | None) -> float:
-        """Score all rows with one slot's adapter, or with the base alone."""
+    def scores(self, base: FrozenBase, slots: AdapterSlots, slot: int | None) -> Tensor:
+        """Score each label of all rows [N, L] with one slot's adapter, or with the base alone."""
         # An encoder has its labels' vectors already.
         num_label_tokens = 0 if base.family == "encoder" else self.labels.tree.num_nodes
         lengths = [len(prompt) + num_label_tokens for prompt in self.prompts]
 
-        def attempt() -> dict[int, int]:
-            found: dict[int, int] = {}
+        def attempt() -> dict[int, Tensor]:
+            found: dict[int, Tensor] = {}
             for batch in self.micro_batches.cut(lengths):
                 rows = [ScoringRow(self.prompts[i], slot, self.labels) for i in batch]
-                scores_BL = torch.stack(score_labels(base, slots, rows))
-                found.update(zip(batch, scores_BL.argmax(1).tolist(), strict=True))
+                found.update(zip(batch, score_labels(base, slots, rows), strict=True))
             return found
 
         found = self.micro_batches.within_memory(max(lengths), attempt)
-        return self.task.accuracy([self.labels.names[found[i]] for i in range(len(self.prompts))])
+        return torch.stack([found[i] for i in range(len(self.prompts))])
+
+    def accuracy(self, scores_NL: Tensor) -> float:
+        """Share of rows whose label has the best score."""
+        return self.task.accuracy([self.labels.names[place] for place in scores_NL.argmax(1).tolist()])
 
 
 class LastWeightsTrainer(GroupTrainer):
@@ -184,8 +189,8 @@ class LastWeightsTrainer(GroupTrainer):
 
     def _end_epoch(self, run: AdapterRun) -> None:
         if run.step >= run.num_steps:
-            key = run.member.run_key
-            self.accuracies[key] = self._exams[key].accuracy(self.base, self.slots, run.slot)
+            exam = self._exams[run.member.run_key]
+            self.accuracies[run.member.run_key] = exam.accuracy(exam.scores(self.base, self.slots, run.slot))
             self._release(run)
 
     def _note(self, event: TrainEvent) -> None:
@@ -211,9 +216,11 @@ def judge_group(
     exams, results = dict[str, Exam](), dict[str, Results]()
     for task in tasks:
         exam = Exam.of(base, task, task.spec(base, settings, max(settings.sizes), 0))
-        zero_shot = exam.accuracy(base, no_adapters(base), None)
+        scores_NL = exam.scores(base, no_adapters(base), None)
+        # Source: batch calibration (Zhou et al. 2024), which needs no label of any row.
+        zero_shot = {"zero_shot": exam.accuracy(scores_NL), "zero_shot_calibrated": exam.accuracy(scores_NL - scores_NL.mean(0))}
         tf_idf = tf_idf_results(task, settings) if with_tf_idf else {}
-        results[task.name] = {**plain_results(task, settings), "tf_idf": tf_idf, "zero_shot": zero_shot}
+        results[task.name] = {**plain_results(task, settings), "tf_idf": tf_idf, **zero_shot}
         ours = [task.member(base, settings, size, seed) for size in settings.sizes for seed in seeds]
         members += ours
         exams |= {member.run_key: exam for member in ours}

@@ -22,7 +22,8 @@ Column = dict[str, list[float | None]]
 
 def one_line(name: str, result: Results) -> str:
     """A task's numbers as a line."""
-    parts = [f"majority {_shown([result['majority']])}", f"zero-shot {_shown([result['zero_shot']])}"]
+    zero_shot = f"zero-shot {_shown([result['zero_shot']])}, calibrated {_shown([result['zero_shot_calibrated']])}"
+    parts = [f"majority {_shown([result['majority']])}", zero_shot]
     parts += [
         f"{size}: TF-IDF {_shown(result['tf_idf'].get(size, []))}, LoRA {_shown(seeds)}" for size, seeds in result["lora"].items()
     ]
@@ -36,7 +37,8 @@ def table(files: Sequence[Path]) -> str:
     found_of = {name: [results[name] for results in bases.values() if name in results] for name in tasks}
     sizes = sorted({size for every in found_of.values() for found in every for size in found["lora"]}, key=int)
     columns: dict[str, Column] = {"majority": {name: [found_of[name][0]["majority"]] for name in tasks}}
-    columns |= {f"{base} zero-shot": {name: [found["zero_shot"]] for name, found in bases[base].items()} for base in bases}
+    for title, key in (("zero-shot", "zero_shot"), ("calibrated", "zero_shot_calibrated")):
+        columns |= {f"{base} {title}": {name: [found[key]] for name, found in bases[base].items()} for base in bases}
     for size in sizes:
         known = {name: [found["tf_idf"][size] for found in found_of[name] if size in found["tf_idf"]] for name in tasks}
         columns[f"TF-IDF@{size}"] = {name: seeds[0] for name, seeds in known.items() if seeds}
@@ -86,13 +88,18 @@ def bars(base: str, columns: Mapping[str, Column]) -> list[str]:
         return f"- {base}: {what} (bar: {bar}): {verdict}"
 
     at_size = gains(f"{base} LoRA@{LORA_SIZE}", f"TF-IDF@{LORA_SIZE}")
-    untrained = gains(f"{base} zero-shot", "majority")
+    untrained, calibrated = (gains(f"{base} {title}", "majority") for title in ("zero-shot", "calibrated"))
     later = gains(f"{base} LoRA@{BEATING_SIZE}", f"TF-IDF@{BEATING_SIZE}")
     better = sum(gain > 0 for gain in later)
-    means = [mean(found) if found else 0.0 for found in (at_size, untrained)]
+
+    def by_mean(what: str, bar: float, found: list[float]) -> str:
+        points = mean(found) if found else 0.0
+        return line(what, f"+{bar:.0f} points", found, points >= bar, f"{points:+.1f}")
+
     return [
-        line(f"LoRA less TF-IDF at {LORA_SIZE}", f"+{LORA_BAR:.0f} points", at_size, means[0] >= LORA_BAR, f"{means[0]:+.1f}"),
-        line("zero-shot less majority", f"+{ZERO_SHOT_BAR:.0f} points", untrained, means[1] >= ZERO_SHOT_BAR, f"{means[1]:+.1f}"),
+        by_mean(f"LoRA less TF-IDF at {LORA_SIZE}", LORA_BAR, at_size),
+        by_mean("zero-shot less majority", ZERO_SHOT_BAR, untrained),
+        by_mean("zero-shot, calibrated, less majority", ZERO_SHOT_BAR, calibrated),
         line(f"LoRA better than TF-IDF at {BEATING_SIZE}", "most tasks", later, 2 * better > len(later), f"{better} better"),
     ]
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,8 @@ LABELLING = ("intent", "dialogue", "topic", "sentiment", "science", "discourse")
 OPEN_ENDED_WEIGHT = 0.25
 MAX_QUESTION_CHARACTERS = 240
 MAX_ANSWER_CHARACTERS = 160
-SHARE_OF_KIND = {"rows": 0.4, "gloss": 0.08, "blank": 0.06, "opinion": 0.06, "match": 0.4}
-SHARE_WITHOUT_LABELS, SHARE_OF_MATCHES_WITHOUT_LABELS = 0.15, 0.6
+SHARE_OF_KIND = {"rows": 0.3, "gloss": 0.08, "blank": 0.04, "opinion": 0.08, "match": 0.5}
+SHARE_WITHOUT_LABELS, SHARE_OF_MATCHES_WITHOUT_LABELS = 0.15, 0.4
 """Without a list the base learns which words a text calls for: prompts are short, and what it knows of texts is enough."""
 SHARE_RENAMED, SHARE_MEANT, SHARE_SYNONYMS, SHARE_RESTYLED = 0.15, 0.15, 0.5, 0.2
 MAX_LABELS = 20
@@ -123,11 +124,20 @@ class Mixture:
         if kind == "gloss":
             return draw_gloss(self.glosses, self.words, rng)
         if kind == "blank":
-            return draw_blank(self.sentences, self.words, rng)
+            return draw_blank(self.sentences, rng)
         if kind == "opinion":
             return draw_opinion(self.praises, self.blames, self.words, rng)
         task = rng.choices(self.tasks, [task.weight for task in self.tasks])[0]
-        return word_row(task, rng.choice(self.rows[task.name]), self.words, rng)
+        return word_row(task, rng.choice(rng.choice(self.rows_by_answer[task.name])), self.words, rng)
+
+    @cached_property
+    def rows_by_answer(self) -> Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]:
+        """Rows in groups that are drawn equally often: each answer of a closed task, so that none is likelier than another."""
+        groups: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        for task in self.tasks:
+            for row in self.rows[task.name]:
+                groups[task.name][row["output"] if task.kind == "closed" else ""].append(row)
+        return {name: list(found.values()) for name, found in groups.items()}
 
 
 def draw_gloss(glosses: Sequence[Gloss], words: Sequence[str], rng: random.Random) -> Drawn:
@@ -152,12 +162,12 @@ def draw_gloss(glosses: Sequence[Gloss], words: Sequence[str], rng: random.Rando
     return _worded(rng, "definition", gold.meaning, [(name, "") for name in names], word)
 
 
-def draw_blank(sentences: Sequence[str], words: Sequence[str], rng: random.Random) -> Drawn:
-    """Blank one word of a sentence; the options are this word and others as frequent."""
+def draw_blank(sentences: Sequence[str], rng: random.Random) -> Drawn:
+    """Blank one word of a sentence; the options are this word and words of other sentences."""
     sentence = rng.choice(sentences)
     start, end = rng.choice([match.span() for match in WORD.finditer(sentence)])
     gold = sentence[start:end]
-    others = {rng.choice(words) for _ in range(rng.randint(1, 6))} - {gold}
+    others = {rng.choice(WORD.findall(rng.choice(sentences))) for _ in range(rng.randint(1, 6))} - {gold}
     labels = [(word, "") for word in (*sorted(others), gold)]
     return _worded(rng, "blank", f"{sentence[:start]}___{sentence[end:]}", labels, gold)
 
@@ -173,10 +183,11 @@ def draw_opinion(praises: Sequence[str], blames: Sequence[str], words: Sequence[
 
 
 def draw_match(matches: Matches, words: Sequence[str], rng: random.Random) -> Drawn:
-    """Ask which phrase fits a sentence; the others are far from it, or near but worse."""
+    """Ask which phrase fits a sentence; the others fit other sentences, or are near but worse."""
     row = rng.choice(matches.rows)
+    # Phrases are wrong as often as they are right: else the base learns which ones are mostly right, whatever the text.
     others = {*rng.sample(row.near, min(len(row.near), rng.randint(0, 3))),
-              *(rng.randrange(len(matches.phrases)) for _ in range(rng.randint(1, 12)))}  # fmt: skip
+              *(rng.choice(rng.choice(matches.rows).fitting) for _ in range(rng.randint(1, 12)))}  # fmt: skip
     gold = matches.phrases[rng.choice(row.fitting)]
     phrases = [*(matches.phrases[place] for place in sorted(others - set(row.fitting))), gold]
     if rng.random() < SHARE_OF_MATCHES_WITHOUT_LABELS:

@@ -65,7 +65,7 @@ def prepare(settings: Settings, say: Callable[[str], None], show: Show) -> Prepa
     say(f"{len(tokens) / 1e6:.1f}M tokens of text, {len(tokens) / sum(len(line.split()) for line in lines):.2f} a word")
     if not matches_file.exists() and settings.num_matches:
         sentences = choose_sentences(texts, split_sentences, settings.num_matches, settings.seed)
-        phrases = choose_phrases(label_counts(mixture), mixture.words)
+        phrases = choose_phrases(label_counts(mixture), mixture.words, sentences)
         say(f"matching {len(sentences)} sentences with {len(phrases)} phrases by {TEACHER}")
         matches, labelled_NH = label_sentences(sentences, phrases, settings.seed, show)
         save_array(labelled_NH.half().numpy(), vectors_file)

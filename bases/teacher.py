@@ -12,6 +12,7 @@ import json
 import lzma
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,10 @@ TEXTS_AT_ONCE = 64
 MAX_TOKENS = 64
 SENTENCES_AT_ONCE = 2000
 MAX_PHRASES = 4500
-"""Of each kind: labels, and words."""
+"""Of each kind: labels, words, and phrases of several words."""
+MAX_WORDS = 4
+CLAUSE_END = re.compile(r"\w+:|[^a-z ]+")
+"""Also what says who is speaking."""
 NUM_FITTING, NUM_NEAR = 3, 8
 NEAR_RANKS = range(40, 400)
 LEAST_SIMILARITY, FIT_MARGIN, NEAR_MARGIN = 0.25, 0.04, 0.1
@@ -142,7 +146,22 @@ def choose_sentences(texts: Mapping[str, Sequence[str]], split: Callable[[str], 
     return chosen
 
 
-def choose_phrases(options: Counter[str], words: Sequence[str]) -> list[str]:
-    """Take the commonest labels of the instruction tasks and frequent words."""
-    labels = [label for label, _ in options.most_common() if len(label) > 2 and len(label.split()) <= 4]
-    return list(dict.fromkeys([*labels[:MAX_PHRASES], *words[:MAX_PHRASES]]))
+def choose_phrases(options: Counter[str], words: Sequence[str], sentences: Sequence[str]) -> list[str]:
+    """Take the commonest labels of the instruction tasks, frequent words, and the commonest phrases of the sentences.
+
+    With words alone a base learns that a label of several words is never the answer.
+    """
+    labels = [label for label, _ in options.most_common() if len(label) > 2 and len(label.split()) <= MAX_WORDS]
+    return list(dict.fromkeys([*labels[:MAX_PHRASES], *words[:MAX_PHRASES], *_common_phrases(sentences, words)]))
+
+
+def _common_phrases(sentences: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Find what is often said in two to four words of which the first and the last are among these."""
+    outer = set(words)
+    counts: Counter[str] = Counter()
+    for sentence in sentences:
+        for clause in CLAUSE_END.split(sentence.lower()):
+            said = clause.split()
+            starts = [place for place, word in enumerate(said) if word in outer]
+            counts.update(" ".join(said[start : end + 1]) for start in starts for end in starts if 0 < end - start < MAX_WORDS)
+    return [phrase for phrase, _ in counts.most_common(MAX_PHRASES)]

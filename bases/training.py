@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from bases.batches import (
-    INPUT_LENGTHS,
+    MAX_SENTENCE_TOKENS,
     PAD,
     SPAN_INPUT_TOKENS,
     TARGET_LENGTHS,
@@ -61,9 +61,9 @@ class Settings:
     corpus_part: float = 1.0
     steps: int | None = None
     """Train so many steps instead of minutes; the result then depends on nothing but the seed."""
-    instructions_from: float = 0.25
+    instructions_from: float = 0.35
     """Progress (0 to 1) up to which there are no instructions: the encoder learns to follow the teacher."""
-    instructions_share: float = 0.75
+    instructions_share: float = 0.65
     """Part of the batches after that which are instructions."""
     matrix_rate: float = 3e-3
     """Learning rate of the layers' matrices on a GPU, by Muon, in AdamW's scale."""
@@ -93,7 +93,7 @@ class Settings:
 
 WARMUP, DECAY_FROM = 0.02, 0.3
 SENTENCE_LOSS_WEIGHT = 10
-SENTENCES_SHARE = 0.8
+SENTENCES_SHARE = 0.9
 """Of what is no instruction; the rest are spans."""
 
 
@@ -250,7 +250,7 @@ class Training:
 
     def _compile_now(self) -> None:
         """Compile forward and backward pass before the first step: the learning rate goes by the clock."""
-        for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[2]), (INPUT_LENGTHS[1], TARGET_LENGTHS[0])):
+        for length, width in ((SPAN_INPUT_TOKENS, TARGET_LENGTHS[2]), (MAX_SENTENCE_TOKENS, TARGET_LENGTHS[0])):
             loss = self._loss(padded("", [], max(1, self.settings.batch_tokens // length), length, width))
             torch.autograd.backward(loss)
             self.model.zero_grad(set_to_none=True)

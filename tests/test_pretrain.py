@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bases.model import Size, build_model
 from bases.overlap import JudgingTexts
 from bases.pretrain import export, prepare
 from bases.readout import give_readout
-from bases.teacher import TEACHER, Match, Matches, embed, is_said, label_sentences
+from bases.teacher import TEACHER, Match, Matches, choose_phrases, embed, is_said, label_sentences
 from bases.training import Prepared, Settings, Training, rate_factor
 from bases.transplant import PieceTeacher, transplant, transplant_teacher
 from multilora.base_model import load_base
@@ -167,6 +168,12 @@ def test_teacher_finds_the_phrase_that_a_sentence_is_about() -> None:
     matches, vectors_NH = label_sentences(texts, ["baggage", "food"], 0, show)
     assert torch.allclose(vectors_NH, embed(load_base(BaseSpec(model=TEACHER)), [row.text for row in matches.rows]), atol=1e-5)
     assert [matches.phrases[row.fitting[0]] for row in matches.rows] == ["baggage", "food"]
+
+
+def test_phrases_are_labels_words_and_what_is_often_said_in_several_words() -> None:
+    sentences = ["Driver: please add money to the account", "They add money to the box.", "Hi driver, add money"] * 2
+    phrases = choose_phrases(Counter({"book a table": 2, "a b c d e": 3}), ["money", "account", "driver", "please"], sentences)
+    assert phrases == ["book a table", "money", "account", "driver", "please", "please add money", "money to the account"]
 
 
 def test_a_transplanted_encoder_computes_what_the_bert_does() -> None:
